@@ -71,7 +71,7 @@ def show_images(
         if titles is not None: ax.set_title(titles[i], fontsize=7, color=colors[i] if colors else 'black')
     return fig
 
-# %% ../nbs/01_show.ipynb #81f342d6
+# %% ../nbs/01_show.ipynb #1175604e
 def bars(
     values:dict,               # method -> one value a group
     groups:list,               # names of the groups, e.g. tasks
@@ -84,11 +84,12 @@ def bars(
     "Grouped bars, one colour a method."
     if ax is None: _,ax = figure(size=(max(4, .35*len(groups)*len(values)+1), 2.6))
     width = .8/len(values)
+    ci = {k: np.array([[float(a) for a in pair] for pair in v]) for k,v in (ci or {}).items()} # (G,2)
     for i,(name,v) in enumerate(values.items()):
         check(len(v)==len(groups), f'{name} has {len(v)} values for {len(groups)} groups')
         at = np.arange(len(groups)) - .4 + width*(i+.5)
         ax.bar(at, v, width*.92, color=PALETTE.get(name, f'C{i}'), label=name)
-        if ci and name in ci: ax.vlines(at, *np.array(ci[name], float).reshape(-1,2).T, color='black', lw=1)
+        if name in ci: ax.vlines(at, *ci[name].T, color='black', lw=1)
     if chance is not None:
         for i,c in enumerate(chance): ax.hlines(c, i-.46, i+.46, color=PALETTE['chance'], ls='--', lw=1, label='' if i else 'chance')
     long = max(map(len, groups))>9
