@@ -11,8 +11,9 @@ import matplotlib as mpl, matplotlib.figure, numpy as np, torch
 from torch import Tensor
 from .core import check
 
-# %% ../nbs/01_show.ipynb #4d9c11e1
-PALETTE = {'CLIP':'#8c8c8c', 'TeCoA':'#e69f00', 'AGFT':'#0072b2', 'PMG-AFT':'#009e73', 'TGA-ZSR':'#cc79a7', 'FARE':'#d55e00', 'chance':'#222222'}
+# %% ../nbs/01_show.ipynb #3085d3aa
+PALETTE = {'CLIP':'#8c8c8c', 'TeCoA':'#e69f00', 'AGFT':'#0072b2',
+           'PMG-AFT':'#009e73', 'TGA-ZSR':'#cc79a7', 'FARE':'#d55e00', 'chance':'#222222'}
 
 # %% ../nbs/01_show.ipynb #fca50cb8
 def style():
@@ -42,14 +43,15 @@ def figure(
     fig = Figure(figsize=size, layout='constrained')
     return fig, fig.subplots(rows, cols, **kwargs)
 
-# %% ../nbs/01_show.ipynb #81e3e224
+# %% ../nbs/01_show.ipynb #a7342fcf
 def to_hwc(
     x:Tensor, # one picture (C,H,W), uint8, or float in [0,1]; C is 1 or 3
 )->np.ndarray: # (H,W,3) or (H,W), float in [0,1]
     "A picture as matplotlib takes it."
     check(x.ndim==3 and x.shape[0] in (1,3), f'a picture has shape (1,H,W) or (3,H,W), not {tuple(x.shape)}')
     x = x.detach().cpu().float()/(1 if x.is_floating_point() else 255)
-    check(-1e-6<=x.min() and x.max()<=1+1e-6, f'pixels must lie in [0,1] (float) or [0,255] (uint8); these reach from {x.min():.3g} to {x.max():.3g}')
+    low,high = x.min().item(), x.max().item()
+    check(-1e-6<=low and high<=1+1e-6, f'pixels must lie in [0,1] (float) or [0,255] (uint8); these reach from {low:.3g} to {high:.3g}')
     return x.clamp(0,1).permute(1,2,0).squeeze(-1).numpy()
 
 # %% ../nbs/01_show.ipynb #7c0c990b
@@ -71,7 +73,7 @@ def show_images(
         if titles is not None: ax.set_title(titles[i], fontsize=7, color=colors[i] if colors else 'black')
     return fig
 
-# %% ../nbs/01_show.ipynb #1175604e
+# %% ../nbs/01_show.ipynb #17b3062e
 def bars(
     values:dict,               # method -> one value a group
     groups:list,               # names of the groups, e.g. tasks
@@ -94,7 +96,8 @@ def bars(
         for i,c in enumerate(chance): ax.hlines(c, i-.46, i+.46, color=PALETTE['chance'], ls='--', lw=1, label='' if i else 'chance')
     long = max(map(len, groups))>9
     ax.set_xticks(range(len(groups)), groups, rotation=30 if long else 0, ha='right' if long else 'center')
-    ax.set(ylabel=ylabel, title=title); ax.legend(ncols=len(values)+1, loc='lower left', bbox_to_anchor=(0,1.02 if not title else 1.1), borderaxespad=0)
+    ax.set(ylabel=ylabel, title=title)
+    ax.legend(ncols=len(values)+1, loc='lower left', bbox_to_anchor=(0, 1.1 if title else 1.02), borderaxespad=0)
     return ax.figure
 
 # %% ../nbs/01_show.ipynb #ac02257e
