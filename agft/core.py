@@ -30,11 +30,11 @@ except RuntimeError as e:
 # %% ../nbs/00_core.ipynb #09cb7ec3
 warnings.filterwarnings('ignore', message='IProgress not found')
 
-# %% ../nbs/00_core.ipynb #60f3e903
+# %% ../nbs/00_core.ipynb #3c4de71c
 class AgftError(ValueError):
     "Something is wrong with the input; the message is one line that names the value and what is allowed."
 
-# %% ../nbs/00_core.ipynb #7a51a475
+# %% ../nbs/00_core.ipynb #3999906d
 def check(
     ok:bool,     # the condition that the input must meet
     message:str, # one line: the value, and what is allowed
@@ -42,7 +42,7 @@ def check(
     "Raise `AgftError` unless `ok`."
     if not ok: raise AgftError(' '.join(message.split()))
 
-# %% ../nbs/00_core.ipynb #33ee3786
+# %% ../nbs/00_core.ipynb #e96ab34b
 def raises(
     f,           # called without arguments
     *words:str,  # each must occur in the message
@@ -54,7 +54,7 @@ def raises(
     assert '\n' not in msg and all(w in msg for w in words), msg
     return msg
 
-# %% ../nbs/00_core.ipynb #188317c2
+# %% ../nbs/00_core.ipynb #061d0365
 def seeded(
     *keys:int|str, # what the draw is for, e.g. seeded(seed, 'start', step)
 )->torch.Generator: # a new CPU generator, the same one for the same keys
@@ -63,7 +63,7 @@ def seeded(
     text = json.dumps([k if isinstance(k, str) else int(k) for k in keys])
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big'))
 
-# %% ../nbs/00_core.ipynb #1ee9f470
+# %% ../nbs/00_core.ipynb #94371cc2
 def pick_device(
     name:str='auto', # 'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'
 )->torch.device:
@@ -72,7 +72,7 @@ def pick_device(
     check(name in ['auto']+here, f"device {name!r} is not available; allowed here: auto, {', '.join(here)}")
     return torch.device(('cuda' if 'cuda' in here else 'cpu') if name=='auto' else name)
 
-# %% ../nbs/00_core.ipynb #3d3ed166
+# %% ../nbs/00_core.ipynb #92d43db1
 def write_json(
     path:str|Path, # written as a whole or not at all
     obj,           # what json can write
@@ -83,7 +83,7 @@ def write_json(
     tmp.write_text(json.dumps(obj, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
     os.replace(tmp, path)
 
-# %% ../nbs/00_core.ipynb #c14f0d5e
+# %% ../nbs/00_core.ipynb #66fb64f5
 def read_json(
     path:str|Path, # a JSON file
 ):
@@ -93,7 +93,7 @@ def read_json(
     try: return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise AgftError(f'{path} is not readable as JSON ({e}); it may be truncated') from None
 
-# %% ../nbs/00_core.ipynb #bfce550d
+# %% ../nbs/00_core.ipynb #ee80b0ed
 def claim(
     out:str|Path, # the output folder; made if it is not there
     run:dict,     # every setting that the results depend on
@@ -112,7 +112,7 @@ def claim(
     write_json(out/'run.json', run)
     return out
 
-# %% ../nbs/00_core.ipynb #5b4a41a6
+# %% ../nbs/00_core.ipynb #602f85b8
 def package_file(
     folder:str, # 'presets', 'assets' or 'configs'
     name:str,   # file name inside it
@@ -123,14 +123,14 @@ def package_file(
     check(name in known, f"{folder} has no {name!r}; known: {', '.join(known) or 'none'}")
     return root/name
 
-# %% ../nbs/00_core.ipynb #9525915b
+# %% ../nbs/00_core.ipynb #5eea9a3d
 def asset(
     name:str, # file name under agft/assets
 )->Path:
     "The path of a shipped asset: weights, vocabulary."
     return package_file('assets', name)
 
-# %% ../nbs/00_core.ipynb #daf0319f
+# %% ../nbs/00_core.ipynb #d0ae162f
 def load_preset(
     name:str, # a preset's name, e.g. 'tiny'
 )->dict:      # its settings

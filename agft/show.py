@@ -22,9 +22,12 @@ def style():
         'axes.grid':True, 'axes.grid.axis':'y', 'grid.alpha':.3, 'axes.axisbelow':True, 'legend.frameon':False, 'lines.linewidth':1.6,
         'image.interpolation':'nearest', 'image.cmap':'gray', 'axes.prop_cycle':mpl.cycler(color=list(PALETTE.values())[:-1])})
 
-# %% ../nbs/01_show.ipynb #7dc0a2b5
+# %% ../nbs/01_show.ipynb #b2c24500
 class Figure(mpl.figure.Figure):
     "A matplotlib figure outside pyplot's list, displayed when it is the value of a cell."
+    def __init__(self,
+        **kwargs, # of matplotlib's Figure, e.g. figsize=(6,2.6), inches
+    ): super().__init__(**{'layout':'constrained', **kwargs})
     def png(self)->bytes:
         "The figure as the bytes of a PNG file."
         buf = io.BytesIO()
@@ -32,7 +35,7 @@ class Figure(mpl.figure.Figure):
         return buf.getvalue()
     _repr_png_ = png
 
-# %% ../nbs/01_show.ipynb #d24a53f3
+# %% ../nbs/01_show.ipynb #0fb257b4
 def figure(
     rows:int=1, cols:int=1, # grid of axes
     size:tuple=(6,2.6),     # width and height, inches
@@ -40,7 +43,7 @@ def figure(
 )->tuple:                   # the figure, and its axes as `Figure.subplots` gives them
     "A new figure in the style of this book."
     style()
-    fig = Figure(figsize=size, layout='constrained')
+    fig = Figure(figsize=size)
     return fig, fig.subplots(rows, cols, **kwargs)
 
 # %% ../nbs/01_show.ipynb #a7342fcf

@@ -54,6 +54,15 @@ def test_flags_only_on_cells_that_are_not_exported(nb):
         marks = set(re.findall(r'^#\|\s*(\w+)', source, re.M))
         assert not (marks & {'export', 'exports', 'exporti'} and marks & set(ini['DEFAULT']['tst_flags'].split())), source
 
+@pytest.mark.parametrize('nb', [b for b in BOOK if b.stem!='index'], ids=lambda p: p.stem)
+def test_imports_have_cells_of_their_own(nb):
+    "nbdev executes every cell with an import when it makes the site, and the cells that such a cell builds on it does not."
+    for kind,source,_ in cells(nb):
+        if kind!='code' or re.match(r'#\|\s*export', source): continue
+        nodes = [n for n in ast.parse(re.sub(r'^\s*[%!].*$', '', source, flags=re.M)).body if ast.unparse(n)!='style()']
+        imports = [isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes]
+        assert all(imports) or not any(imports), source[:200]
+
 MACHINE = re.compile(r'(?<![\w.~/])/(home|root|work|opt|tmp|usr|Users|mnt|content)/\w')
 
 def test_no_path_of_a_machine():
