@@ -58,7 +58,7 @@ def imported(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): found |= {a.name.split('.')[1] for a in node.names if a.name.startswith('agft.')}
         if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('agft.'): found.add(node.module.split('.')[1])
-        if isinstance(node, ast.ImportFrom) and node.module=='agft': found |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module=='agft': found |= {a.name for a in node.names if a.name[0]!='_'}
         if isinstance(node, ast.ImportFrom) and node.level: found |= {node.module} if node.module else {a.name for a in node.names}
     return found
 
