@@ -58,16 +58,16 @@ def imported(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): found |= {a.name.split('.')[1] for a in node.names if a.name.startswith('agft.')}
         if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('agft.'): found.add(node.module.split('.')[1])
-        if isinstance(node, ast.ImportFrom) and node.module=='agft': found |= {a.name for a in node.names if a.name[0]!='_'}
-        if isinstance(node, ast.ImportFrom) and node.level: found |= {node.module} if node.module else {a.name for a in node.names}
-    return found
+        if isinstance(node, ast.ImportFrom) and node.level and node.module: found.add(node.module.split('.')[0])
+        if isinstance(node, ast.ImportFrom) and (node.module=='agft' or node.level and not node.module): found |= {a.name for a in node.names}
+    return {m for m in found if not m.startswith('__')}
 
 def cells(nb):
     "Python of a notebook's code cells, without magics."
     return '\n'.join(re.sub(r'^\s*[%!].*$', '', ''.join(c['source']), flags=re.M) for c in json.loads(nb.read_text())['cells'] if c['cell_type']=='code')
 
 def test_imported_sees_every_form():
-    assert imported('import agft.clip as c\nfrom agft.core import x\ndef f():\n  from agft import show\nfrom .data import y\nimport torch')=={'clip','core','show','data'}
+    assert imported('import agft.clip as c\nfrom agft.core import x\ndef f():\n  from agft import show\nfrom .data import y\nfrom . import __version__\nimport torch')=={'clip','core','show','data'}
 
 @pytest.mark.parametrize('name', CHAPTERS)
 def test_chapter_imports_only_lower_numbers(name):
