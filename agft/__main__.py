@@ -1,0 +1,4 @@
+import sys
+from agft.cli import main
+
+sys.exit(main())

@@ -1,0 +1,117 @@
+"""The command line as its users meet it: whole runs, interrupted runs, wrong input."""
+import json, os, signal, subprocess, sys, time
+import numpy as np, pytest
+from agft.cli import main
+from agft.clip import checkpoint_info, fingerprint, load_clip
+from agft.core import load_preset
+
+
+def agft(*args, **kw):
+    return subprocess.run([sys.executable, '-m', 'agft', *map(str, args)], capture_output=True, text=True, timeout=600, **kw)
+
+
+def without_times(path):
+    results = json.loads(path.read_text())
+    results['about'].pop('seconds')
+    return results
+
+
+def test_demo_writes_everything_and_repeats_itself(small_preset, tmp_path, capsys):
+    for name in 'ab': assert main(['demo', '--out', str(tmp_path/name), '--seeds', '2']) == 0
+    a = without_times(tmp_path/'a'/'results.json')
+    assert a == without_times(tmp_path/'b'/'results.json')
+    assert set(a) == {'CLIP', 'TeCoA', 'AGFT', 'about'} and {'command', 'threat', 'machine', 'seeds', 'version'} <= set(a['about'])
+    for method in ('CLIP', 'TeCoA', 'AGFT'):
+        for task, e in a[method].items():
+            assert 0 <= e['robust'] <= e['clean'] <= 1 and e['n'] > 0 and e['zero_grad'] == 0, (method, task)
+            assert e['ci']['clean'][0] <= e['clean'] <= e['ci']['clean'][1] and e['ci']['robust'][0] <= e['robust'] <= e['ci']['robust'][1]
+    page = (tmp_path/'a'/'report.html').read_text()
+    assert page.count('data:image/png') == 5 and 'src="http' not in page and 'zero-shot mean' in page
+    assert load_clip(tmp_path/'a'/'AGFT-0'/'model.safetensors').name == 'agft-tiny'
+    assert 'zero-shot mean' in capsys.readouterr().out
+
+
+def test_demo_numbers_are_recounted_from_its_flags(small_preset, tmp_path):
+    main(['demo', '--out', str(tmp_path/'d')])
+    results = json.loads((tmp_path/'d'/'results.json').read_text())
+    eps = load_preset('tiny')['eval']['eps'][0].replace('/', '_')
+    for task in small_preset('tiny')['zero_shot']:
+        z = np.load(tmp_path/'d'/'flags'/eps/'AGFT-0'/f'{task}.npz')
+        assert results['AGFT'][task]['robust'] == (z['robust'] & z['clean']).mean() == z['robust'].mean()
+
+
+def test_tune_scores_every_method_on_one_grid(small_preset, tmp_path):
+    assert main(['tune', '--out', str(tmp_path/'t')]) == 0
+    found = json.loads((tmp_path/'t'/'tune.json').read_text())
+    for m in ('TeCoA', 'AGFT'):
+        assert list(found[m]['scores']) == [str(lr) for lr in small_preset('tiny')['tune']['lr']]
+        assert found[m]['best'] == max(small_preset('tiny')['tune']['lr'], key=lambda lr: sum(found[m]['scores'][str(lr)].values()))
+
+
+def test_killed_training_resumes_to_the_same_bits(tmp_path):
+    args = ['train', '--method', 'AGFT', '--steps', '45']
+    assert agft(*args, '--out', tmp_path/'whole').returncode == 0
+    log = tmp_path/'killed'/'log.jsonl'
+    p = subprocess.Popen([sys.executable, '-m', 'agft', *args, '--out', str(tmp_path/'killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not (tmp_path/'killed'/'state.pt').exists() and p.poll() is None and time.time() < deadline: time.sleep(.02)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert not (tmp_path/'killed'/'model.safetensors').exists(), 'finished before it was killed'
+    assert agft(*args, '--out', tmp_path/'killed').returncode == 0
+    whole, killed = (load_clip(tmp_path/n/'model.safetensors') for n in ('whole', 'killed'))
+    assert fingerprint(whole) == fingerprint(killed) != fingerprint(load_clip('agft-tiny'))
+    assert [json.loads(l)['step'] for l in log.read_text().splitlines()] == list(range(45))
+    assert checkpoint_info(tmp_path/'killed'/'model.safetensors')['teacher'] == fingerprint(load_clip('agft-tiny'))
+
+
+def test_works_elsewhere_with_no_home_and_no_network(tmp_path):
+    home = tmp_path/'no'/'home'          # does not exist, and a file stands where it would be made
+    (tmp_path/'no').write_text('')
+    block = "import socket\ndef refuse(*a, **k): raise OSError('network is off')\nsocket.socket.connect = refuse\n"
+    (tmp_path/'sitecustomize.py').write_text(block)
+    env = {**os.environ, 'HOME': str(home), 'PYTHONPATH': os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])}
+    (tmp_path/'cwd').mkdir()
+    done = agft('train', '--method', 'TeCoA', '--steps', '2', '--out', 'run', cwd=tmp_path/'cwd', env=env)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/'cwd'/'run'/'model.safetensors').exists()
+
+
+@pytest.mark.parametrize('args, words', [
+    (['train', '--method', 'AGTF', '--out', 'OUT'], ['AGTF', 'TeCoA, AGFT']),
+    (['train', '--method', 'AGFT', '--out', 'OUT', '--preset', 'huge'], ['huge', 'tiny']),
+    (['train', '--method', 'AGFT', '--out', 'OUT', '--lr', '-1'], ['-1', 'above 0']),
+    (['train', '--method', 'AGFT', '--out', 'OUT', '--steps', '-5'], ['-5', '1 or more']),
+    (['train', '--method', 'AGFT', '--out', 'OUT', '--device', 'tpu'], ['tpu', 'cpu']),
+    (['train', '--method', 'AGFT', '--out', 'FILE'], ['is a file']),
+    (['train', '--method', 'AGFT', '--out', 'OTHER'], ['run.json']),
+    (['demo', '--out', 'OUT', '--seeds', '0'], ['0', '1 or more']),
+    (['eval', 'agft-tiny', '--out', 'OUT', '--eps', '4'], ["'4'", '4/255']),
+    (['eval', 'agft-tiny', '--out', 'OUT', '--eps', 'four'], ['four', '4/255']),
+    (['eval', 'agft-tiny', '--out', 'OUT', '--n', '0'], ['0', '1 or more']),
+    (['eval', 'missing.safetensors', '--out', 'OUT'], ['missing.safetensors', 'does not exist']),
+    (['eval', 'CUT', '--out', 'OUT'], ['cut.safetensors', 'truncated']),
+    (['eval', 'ALIEN', '--out', 'OUT'], ['alien.safetensors', 'agft-photo']),
+    (['eval', 'agft-huge', '--out', 'OUT'], ['agft-huge', 'agft-tiny']),
+    (['eval', 'agft-photo', '--preset', 'photo', '--out', 'OUT'], ['AGFT_DATA']),
+    (['pretrain', '--preset', 'huge', '--out', 'OUT'], ['huge', 'tiny']),
+])
+def test_bad_input_is_one_line_and_exit_code_2(args, words, tmp_path, capsys, monkeypatch):
+    from agft.clip import asset, save_clip
+    (tmp_path/'file').write_text(''); (tmp_path/'other').mkdir(); (tmp_path/'other'/'thesis.tex').write_text('')
+    (tmp_path/'cut.safetensors').write_bytes(asset('agft-tiny.safetensors').read_bytes()[:9999])
+    if 'ALIEN' in args:                                    # a tiny model that says it is the photo architecture
+        tiny = load_clip('agft-tiny'); tiny.name = 'agft-photo'; save_clip(tiny, tmp_path/'alien.safetensors')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('AGFT_DATA', str(tmp_path/'nowhere'))
+    began = time.time()
+    paths = dict(OUT='out', FILE='file', OTHER='other', CUT='cut.safetensors', ALIEN='alien.safetensors')
+    assert main([paths.get(a, a) for a in args]) == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and 'Traceback' not in err and all(w in err for w in words), err
+    assert time.time() - began < 20 and not (tmp_path/'out'/'model.safetensors').exists()
+
+
+def test_a_folder_of_another_run_is_refused(small_preset, tmp_path, capsys):
+    assert main(['demo', '--out', str(tmp_path/'d')]) == 0
+    assert main(['demo', '--out', str(tmp_path/'d'), '--seeds', '2']) == 2
+    assert 'seeds' in capsys.readouterr().err
