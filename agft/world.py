@@ -16,7 +16,7 @@ import torch, torch.nn.functional as F
 from torch import Generator, Tensor
 from .core import check, seeded
 
-# %% ../nbs/02_world.ipynb #675ddb4e
+# %% ../nbs/02_world.ipynb #38aa7368
 SIDE = 32  # pixels
 COLOURS = dict(red=(.84,.13,.12), brown=(.48,.27,.10), yellow=(.95,.85,.15), lime=(.62,.93,.28), green=(.10,.52,.18), cyan=(.20,.82,.88),
                blue=(.13,.28,.84), purple=(.50,.16,.66), pink=(.97,.50,.72), black=(.05,.05,.06), grey=(.50,.50,.50), white=(.96,.96,.95))
@@ -28,10 +28,11 @@ DIGITS = 'zero one two three four five six seven eight nine'.split()
 FIELDS = dict(glyph=SHAPES + THINGS + LETTERS + DIGITS, colour=list(COLOURS),
               texture='plain striped dotted checkered hollow shaded'.split(),
               background='flat lined barred slanted tiled spotted wavy cloudy brick ringed'.split(), count='one two three four'.split(),
-              position=['top left','top','top right','left','centre','right','bottom left','bottom','bottom right'], size='small medium large'.split())
+              position='top left,top,top right,left,centre,right,bottom left,bottom,bottom right'.split(','),
+              size='small medium large'.split())
 SIGNS = len(SHAPES + THINGS)  # glyphs from here on are letters and digits
 
-# %% ../nbs/02_world.ipynb #f462fdef
+# %% ../nbs/02_world.ipynb #7be8d6dc
 REACH, GRID = 1.4, 56  # a glyph has radius about 1; its field covers [-REACH, REACH]² with GRID × GRID samples
 
 def disc(x, y, cx, cy, r):
@@ -60,13 +61,13 @@ def polygon(x, y, corners):
 def wheel(n, outer, inner=None):
     "Corners of a regular polygon, or of a star where `inner` is given, the first at the top."
     radii = [outer] if inner is None else [outer, inner]
-    k = n * len(radii)
-    return [(radii[i % len(radii)] * math.sin(2 * math.pi * i / k), -radii[i % len(radii)] * math.cos(2 * math.pi * i / k)) for i in range(k)]
+    turns = [2 * math.pi * i / n / len(radii) for i in range(n * len(radii))]
+    return [(r * math.sin(t), -r * math.cos(t)) for r, t in zip(radii * n, turns)]
 
 def union(*d): return torch.stack(d).amax(0)
 def both(*d): return torch.stack(d).amin(0)
 
-# %% ../nbs/02_world.ipynb #7372bafe
+# %% ../nbs/02_world.ipynb #b28be308
 def outlines(
 )->dict[str, Tensor]: # name -> distance field (GRID,GRID), units of the radius
     "The fields of all shapes and things."
@@ -76,13 +77,16 @@ def outlines(
     D, B, P = (partial(f, x, y) for f in (disc, box, polygon))
     return dict(
         circle=D(0,0,.92), square=B(0,0,.8,.8), triangle=P([(0,-.95),(.95,.75),(-.95,.75)]), star=P(wheel(5,1.05,.45)),
-        heart=union(D(-.43,-.32,.48), D(.43,-.32,.48), P([(-.86,-.12),(0,-.35),(.86,-.12),(0,.95)])), cross=union(B(0,0,.3,.98), B(0,0,.98,.3)),
+        heart=union(D(-.43,-.32,.48), D(.43,-.32,.48), P([(-.86,-.12),(0,-.35),(.86,-.12),(0,.95)])),
+        cross=union(B(0,0,.3,.98), B(0,0,.98,.3)),
         ring=.23-(r-.72).abs(), diamond=P([(0,-1.08),(.7,0),(0,1.08),(-.7,0)]), hexagon=P([(y,x) for x,y in wheel(6,.98)]),
-        crescent=both(D(0,0,1.), -D(.5,-.1,.78)), chevron=P([(-.95,-.1),(0,-.9),(.95,-.1),(.95,.6),(0,-.2),(-.95,.6)]), rectangle=B(0,0,1.02,.5),
+        crescent=both(D(0,0,1.), -D(.5,-.1,.78)), chevron=P([(-.95,-.1),(0,-.9),(.95,-.1),(.95,.6),(0,-.2),(-.95,.6)]),
+        rectangle=B(0,0,1.02,.5),
         dome=both(D(0,.45,1.02), .45-y), drop=union(D(0,.35,.6), P([(0,-1.1),(.56,.15),(-.56,.15)])),
         flower=(.68+.3*torch.cos(5*a+math.pi/2)-r)*.6, gear=both((.82+.2*torch.tanh(3*torch.cos(8*a))-r)*.7, r-.32),
         bolt=P([(.3,-1.1),(-.62,.2),(-.05,.2),(-.35,1.1),(.65,-.25),(.08,-.25)]),
-        house=P([(0,-1.),(.95,-.15),(.7,-.15),(.7,.9),(-.7,.9),(-.7,-.15),(-.95,-.15)]), tree=union(P([(0,-1.1),(.8,.45),(-.8,.45)]), B(0,.7,.2,.38)),
+        house=P([(0,-1.),(.95,-.15),(.7,-.15),(.7,.9),(-.7,.9),(-.7,-.15),(-.95,-.15)]),
+        tree=union(P([(0,-1.1),(.8,.45),(-.8,.45)]), B(0,.7,.2,.38)),
         bowtie=P([(-1.,-.7),(0,-.12),(1.,-.7),(1.,.7),(0,.12),(-1.,.7)]),
         fish=union(both(D(-.2,.55,.95), D(-.2,-.55,.95)), P([(.35,0),(1.05,-.55),(1.05,.55)])),
         cloud=union(D(-.55,.2,.42), D(0,-.15,.55), D(.55,.2,.42), B(0,.4,.6,.22)),
@@ -128,7 +132,7 @@ def atlas(
     "The distance fields of all glyphs, in the order of `FIELDS['glyph']`."
     return torch.stack([*outlines().values(), *map(strokes, FONT.strip().replace('\n', '|').split('|'))]).clamp(-.6, .6)
 
-# %% ../nbs/02_world.ipynb #d1dbcd91
+# %% ../nbs/02_world.ipynb #38ed61b3
 def sample(
     n:int,                # pictures
     generator:Generator,  # source of all randomness
@@ -139,8 +143,8 @@ def sample(
     for k, v in fixed.items():
         check(k in FIELDS, f'unknown field {k!r}; allowed: {", ".join(FIELDS)}')
         v = torch.as_tensor(v)
-        check(v.shape in ((), (n,)) and 0 <= v.min() and v.max() < len(FIELDS[k]), f'{k} is {v.tolist()}; allowed: one of 0 to {len(FIELDS[k])-1}, '
-              f'or {n} of them')
+        check(v.shape in ((), (n,)) and 0 <= v.min() and v.max() < len(FIELDS[k]),
+              f'{k} is {v.tolist()}; allowed: one of 0 to {len(FIELDS[k])-1}, or {n} of them')
     r, u = lambda k: torch.randint(k, (n,), generator=generator), torch.rand(n, generator=generator)
     glyph = torch.where(u < .50, r(20), torch.where(u < .62, 20 + r(10), torch.where(u < .87, 30 + r(26), 56 + r(10))))
     a = dict(glyph=glyph, colour=r(12), texture=r(6), background=r(10),
@@ -152,7 +156,7 @@ def sample(
     a['position'][many], a['size'][many] = -1, -1
     return a
 
-# %% ../nbs/02_world.ipynb #4baa0694
+# %% ../nbs/02_world.ipynb #12da1c14
 def uniform(generator, low, high, *shape): return torch.rand(*shape, generator=generator) * (high - low) + low
 def wave(t): return torch.sin(2 * math.pi * t)
 def edge(t, k=1.6): return (.5 + k * t).clamp(0, 1)  # steep but not jagged
@@ -169,7 +173,8 @@ GROUNDS = {  # name -> pattern of turned coordinates u, v, period p, phase q, an
     'tiled':   lambda u, v, p, q, r: edge(wave(u/p/1.3 + q)*wave(v/p/1.3 + q), 3),
     'spotted': lambda u, v, p, q, r: edge(wave(u/p/1.1 + q) + wave(v/p/1.1 + q) - 1),
     'wavy':    lambda u, v, p, q, r: edge(wave(v/p + .45*wave(u/11 + q))),
-    'brick':   lambda u, v, p, q, r: torch.maximum(edge(wave(v/p + .25) - .6, 2.5), edge(wave(u/p/1.7 + .5*(torch.floor(v/p) % 2) + q + .25) - .75, 2.5)),
+    'brick':   lambda u, v, p, q, r: torch.maximum(edge(wave(v/p + .25) - .6, 2.5),
+                                                   edge(wave(u/p/1.7 + .5*(torch.floor(v/p) % 2) + q + .25) - .75, 2.5)),
     'ringed':  lambda u, v, p, q, r: edge(wave(r/p + q)),
 }
 
@@ -266,7 +271,7 @@ def paint(
         if name == 'hollow': cover[m] = (cover * ((r * .2).clamp(min=1.3) + .5 - depth).clamp(0, 1))[m]
     return ink[:, :, None, None] + second[:, None] * (tone - ink)[:, :, None, None], cover
 
-# %% ../nbs/02_world.ipynb #45dbdb97
+# %% ../nbs/02_world.ipynb #98307cd8
 def draw(
     attributes:dict[str, Tensor],  # of `sample`
     generator:Generator,           # all that the fields leave open
@@ -281,7 +286,8 @@ def draw(
     img = wide(back) + backdrop(a['background'], g)[:, None] * wide(other - back)                       # (N,3,32,32)
     specks, over = 6, 2                                                                                 # the first `over` lie on top
     px, py, pr = (uniform(g, lo, hi, n, specks, 1, 1) for lo, hi in ((0, SIDE), (0, SIDE), (.9, 2.)))
-    hue, there, round_ = uniform(g, .05, .95, n, specks, 3), torch.rand(n, specks, 1, 1, generator=g) < .5, torch.rand(n, specks, 1, 1, generator=g) < .5
+    hue = uniform(g, .05, .95, n, specks, 3)
+    there, round_ = (torch.rand(n, specks, 1, 1, generator=g) < .5 for _ in range(2))
     dx, dy = (X - px).abs(), (Y - py).abs()
     speck = (pr + .5 - torch.where(round_, torch.hypot(dx, dy), torch.maximum(dx, dy))).clamp(0, 1) * there     # (N,6,32,32)
     for k in range(over, specks): img = torch.lerp(img, wide(hue[:, k]), speck[:, k, None])
@@ -296,7 +302,7 @@ def draw(
     img = img + uniform(g, .01, .04, n, 1, 1, 1) * torch.randn(n, 3, SIDE, SIDE, generator=g)
     return (img.clamp(0, 1) * 255).round().to(torch.uint8)
 
-# %% ../nbs/02_world.ipynb #13e28fdf
+# %% ../nbs/02_world.ipynb #6e8e7523
 NOUNS = ('shape', 'thing', 'figure')
 FRAMES = ('{}', '{}', 'a picture of {}', 'a drawing of {}', 'there is {}', 'we see {}')
 
@@ -318,18 +324,18 @@ def caption(
         count = tell.get('count') if many or fields is not None or c[1] < .2 else None
         head = count or ('some' if many else 'the' if c[1] > .8 else 'a')
         thing = ' '.join([head, *(tell[k] for k in ('size', 'texture', 'colour') if k in tell), plural(noun) if many else noun])
-        place_ = ([f'at the {tell["position"]}'] if 'position' in tell else []) + ([f'on a {tell["background"]} background'] if 'background' in tell else [])
-        if c[2] < .5: place_.reverse()
-        out.append(FRAMES[int(c[4] * len(FRAMES))].format(' '.join([*place_, thing] if c[3] < .1 else [thing, *place_])))
+        where = [s.format(tell[k]) for k, s in (('position', 'at the {}'), ('background', 'on a {} background')) if k in tell]
+        if c[2] < .5: where.reverse()
+        out.append(FRAMES[int(c[4] * len(FRAMES))].format(' '.join([*where, thing] if c[3] < .1 else [thing, *where])))
     return out
 
-# %% ../nbs/02_world.ipynb #28171563
+# %% ../nbs/02_world.ipynb #601033ab
 SHAPE, SAY = ('a {} shape', 'a {} thing', 'a picture of a {} figure'), ('a {}', 'a picture of a {}', 'a drawing of a {}')
 NUMERAL = ('a digit {}', 'the digit {}', 'a picture of a digit {}')
 QUESTIONS = dict(  # task -> class names, templates
     source=([f'{c} {s}' for c in COLOURS for s in SHAPES], SAY),
     texture=(FIELDS['texture'], SHAPE),
-    background=(FIELDS['background'], ('a shape on a {} background', 'a thing on a {} background', 'a picture of a figure on a {} background')),
+    background=(FIELDS['background'], tuple(f'{s} on a {{}} background' for s in ('a shape', 'a thing', 'a picture of a figure'))),
     count=(['one shape', 'two shapes', 'three shapes', 'four shapes'], ('{}', 'a picture of {}', 'a drawing of {}')),
     position=(FIELDS['position'], ('a shape at the {}', 'a thing at the {}', 'a picture of a figure at the {}')),
     size=(FIELDS['size'], SHAPE), things=(THINGS, SAY), letters=(LETTERS, ('a letter {}', 'the letter {}', 'a picture of a letter {}')),
