@@ -24,17 +24,17 @@ def logit_gradient(
     g.scatter_add_(1, t.argmax(1, keepdim=True), -g.sum(1, keepdim=True))       # rows sum to zero, also where p rounds to 1
     return (g / g.abs().amax(1, keepdim=True).clamp_min(1e-300)).to(logits.dtype)
 
-# %% ../nbs/05_attack.ipynb #125f4a7a
+# %% ../nbs/05_attack.ipynb #f26b4356
 def pixels(
     value:str|float,  # '4/255', '0.0157' or 0.0157
 )->float:             # the same length, in [0,1]
     "Read a length in pixel units."
     try: length = float(Fraction(value))
-    except (ValueError, ZeroDivisionError, TypeError): length = -1
+    except (ValueError, ZeroDivisionError, OverflowError, TypeError): length = -1
     check(0 <= length <= 1, f'{value!r} is no length in pixel units; allowed: 0 to 1, written like 4/255')
     return length
 
-# %% ../nbs/05_attack.ipynb #26b15601
+# %% ../nbs/05_attack.ipynb #a6411cf3
 def check_images(
     x:Tensor,       # what should be a batch of images
     target:Tensor,  # what should be its labels or probabilities
@@ -47,16 +47,19 @@ def check_images(
         check(lo >= 0 and hi <= 1, f'images range over [{lo:.3g}, {hi:.3g}]; allowed: [0, 1]')
     check(target.ndim in (1, 2) and len(target) == len(x), f'target has shape {tuple(target.shape)} for {len(x)} images; '
           'allowed: (B,) or (B,C)')
-    check(target.is_floating_point() == (target.ndim == 2), f'target of shape {tuple(target.shape)} has dtype {target.dtype}; '
-          'allowed: integer labels (B,) or floating-point probabilities (B,C)')
+    check(target.is_floating_point() if target.ndim == 2 else target.dtype == torch.int64,
+          f'target of shape {tuple(target.shape)} has dtype {target.dtype}; allowed: int64 labels (B,) or floating-point probabilities (B,C)')
+    if target.ndim == 2 and len(target):
+        off = (target.double().sum(1) - 1).abs().max().item()
+        check(off < 1e-2, f'a row of target sums to {1 + off:.3g} or {1 - off:.3g}; allowed: probabilities that sum to 1')
 
-# %% ../nbs/05_attack.ipynb #e4136667
+# %% ../nbs/05_attack.ipynb #b7888771
 def pgd(
     logits_fn:Callable,                   # pixels (B,3,H,W) in [0,1] -> logits (B,C)
     x:Tensor,                             # clean pixels (B,3,H,W) in [0,1]
     target:Tensor,                        # labels (B,) or probabilities (B,C): the loss against it is ascended
     eps:float=1/255,                      # L∞ radius in [0,1], pixel units at the resolution of `x`
-    step:float=1/255,                     # step length, pixel units, > 0
+    step:float=1/255,                     # step length, pixel units, ≥ 0
     steps:int=2,                          # ascent steps; 0 returns the start point
     generator:torch.Generator|None=None,  # draws the random start; None starts at `x` itself
     trace:list|None=None,                 # if given, one dict a step is appended: `loss` (mean, nats), `zero_grad` (share of images)
@@ -64,7 +67,7 @@ def pgd(
     "Ascend the cross-entropy inside the L∞ ball around `x` (Madry et al., 2018; AGFT Eq. 2)."
     check_images(x, target)
     check(0 <= eps <= 1, f'eps is {eps}; allowed: 0 to 1 in pixel units (write 4/255, not 4)')
-    check(step > 0, f'step is {step}; allowed: above 0, in pixel units')
+    check(step >= 0, f'step is {step}; allowed: 0 or more, in pixel units')
     check(steps >= 0 and steps == int(steps), f'steps is {steps}; allowed: 0, 1, 2, …')
     low, high = (x - eps).clamp_min(0), (x + eps).clamp_max(1)
     x_adv = x

@@ -6,14 +6,14 @@
 __all__ = ['test_tasks', 'budgets', 'threat', 'fine_tuned', 'compare', 'demo', 'page', 'examples', 'train', 'evaluate_checkpoint',
            'tune', 'parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #00270117
+# %% ../nbs/14_cli.ipynb #9354626c
 import argparse, sys, time
 from pathlib import Path
 import torch
 from . import __version__
 from .align import METHODS
 from .attack import pgd, pixels
-from .clip import ZeroShotCLIP, load_clip
+from .clip import ZeroShotCLIP, fingerprint, load_clip
 from .core import AgftError, check, claim, load_preset, pick_device, seeded, write_json
 from .data import Task, load_task
 from .evaluate import MEAN, evaluate, evaluate_tasks, summarise
@@ -71,7 +71,7 @@ def compare(
         runs.setdefault(method, []).append(evaluate_tasks(model, tasks, flags/f'{method}-{seed}', **budget, seed=seed, desc=method))
     return {m: summarise(r) for m, r in runs.items()}
 
-# %% ../nbs/14_cli.ipynb #6fe33803
+# %% ../nbs/14_cli.ipynb #d73d591e
 def demo(
     out:str='agft_demo', # folder for results.json, report.html and the checkpoints
     preset:str='tiny',   # whose encoder, tasks, budget and settings
@@ -81,8 +81,9 @@ def demo(
     "Fine-tune with every method, evaluate, and report."
     began, cfg, dev, found = time.time(), load_preset(preset), pick_device(device), {}
     check(seeds >= 1, f'seeds is {seeds}; allowed: 1 or more')
-    tasks, train = test_tasks(cfg), cfg['train']
-    out = claim(out, dict(command='demo', preset=cfg, seeds=seeds, version=__version__))
+    model, train = load_clip(cfg['model']), cfg['train']
+    out = claim(out, dict(command='demo', preset=cfg, teacher=fingerprint(model), seeds=seeds, version=__version__))
+    tasks = test_tasks(cfg)
     print(f'{cfg["model"]}: {", ".join(METHODS)} on {cfg["source"]!r}, {train["steps"]} steps of {train["batch_size"]}, '
           f'{len(tasks)} tasks, {seeds} seed(s)', flush=True)
     models = fine_tuned(cfg, out, seeds, device)
@@ -124,7 +125,7 @@ def examples(
     with torch.no_grad(): named = [[task.classes[i] for i in model.logits(v, head).argmax(1)] for v in (x, x_adv)]
     return show_attack(x, x_adv, *named)
 
-# %% ../nbs/14_cli.ipynb #f7fb65fb
+# %% ../nbs/14_cli.ipynb #3d12ad7d
 def train(
     method:str,             # TeCoA or AGFT
     out:str,                # folder of the run
@@ -153,9 +154,10 @@ def evaluate_checkpoint(
     eps = eps or cfg['eval']['eps'][0]
     budget = budgets({'eval': {**cfg['eval'], 'eps': [eps]}})[eps]
     check(n is None or n > 0, f'n is {n}; allowed: 1 or more')
+    check(budget['eps'] > 0, f'eps is {eps}; allowed: above 0')
     model = load_clip(checkpoint).to(dev)
+    out = claim(out, dict(command='eval', checkpoint=str(checkpoint), model=fingerprint(model), preset=preset, eps=eps, n=n, seed=seed))
     tasks = test_tasks(cfg, n)
-    out = claim(out, dict(command='eval', checkpoint=str(checkpoint), preset=preset, eps=eps, n=n, seed=seed))
     results = {'model': summarise([evaluate_tasks(model, tasks, out/'flags', **budget, seed=seed)])}
     results['about'] = dict(command=f'agft eval {checkpoint} --preset {preset} --eps {eps} --seed {seed}',
                             threat=threat(eps, tasks, budget['steps']), machine=machine(dev), seconds=round(time.time() - began, 1))
@@ -163,7 +165,7 @@ def evaluate_checkpoint(
     print(f'{results["about"]["threat"]}\n{markdown_table(results)}')
     return results
 
-# %% ../nbs/14_cli.ipynb #106e633d
+# %% ../nbs/14_cli.ipynb #9fcd6027
 def tune(
     out:str,                # folder for the runs and tune.json
     preset:str='tiny',
@@ -171,10 +173,10 @@ def tune(
 )->dict:                    # method -> {best, scores: lr -> {clean, robust}}
     "Choose each method's learning rate from the preset's grid on the validation split of the source task."
     began, cfg, dev = time.time(), load_preset(preset), pick_device(device)
-    task = load_task(cfg['source'], cfg['tune']['images'], split='val')
     (eps, budget), found = list(budgets(cfg).items())[0], {}
     methods = {m: {k: v for k, v in s.items() if k != 'lr'} for m, s in cfg['methods'].items()}
-    out = claim(out, dict(command='tune', preset={**cfg, 'methods': methods}))
+    out = claim(out, dict(command='tune', preset={**cfg, 'methods': methods}, teacher=fingerprint(load_clip(cfg['model']))))
+    task = load_task(cfg['source'], cfg['tune']['images'], split='val')
     for method in METHODS:
         scores = {}
         for lr in cfg['tune']['lr']:

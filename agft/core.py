@@ -108,8 +108,10 @@ def claim(
         return out
     check(not out.exists() or all(f.name.startswith('.') for f in out.iterdir()),
           f'{out} is not empty and holds no run.json; name a folder that is new, empty or of the same run')
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out/'run.json', run)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out/'run.json', run)
+    except OSError as e: raise AgftError(f'{out} cannot be written ({e.strerror}); name a folder that can') from e
     return out
 
 # %% ../nbs/00_core.ipynb #602f85b8

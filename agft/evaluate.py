@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MEAN', 'evaluate', 'evaluate_tasks', 'read_flags', 'bootstrap_ci', 'summarise']
 
-# %% ../nbs/11_evaluate.ipynb #f850e493
-import os, zipfile
+# %% ../nbs/11_evaluate.ipynb #bd8803a9
+import os, zipfile, zlib
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np, torch
@@ -40,7 +40,7 @@ def evaluate(
     return dict(clean=torch.cat(clean).numpy(), robust=torch.cat(robust).numpy(), label=task.labels.numpy(),
                 chance=1/len(task.classes), zero_grad=max(zero))
 
-# %% ../nbs/11_evaluate.ipynb #8c0466f4
+# %% ../nbs/11_evaluate.ipynb #dbc6be05
 def evaluate_tasks(
     model:ZeroShotCLIP,
     tasks:Sequence[Task],
@@ -66,10 +66,10 @@ def read_flags(
     "Read the flags of one task."
     try:
         with np.load(path) as z: return {k: z[k] for k in ('clean', 'robust', 'label', 'chance', 'zero_grad')}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise AgftError(f'flags {str(path)!r} cannot be read; remove the file to evaluate again: {e}') from e
 
-# %% ../nbs/11_evaluate.ipynb #7c257810
+# %% ../nbs/11_evaluate.ipynb #1d860824
 def bootstrap_ci(
     flags:Sequence[np.ndarray],  # one array (N,) a task: right or wrong, or a share of seeds; tasks may differ in N
     resamples:int=2000,
@@ -77,7 +77,7 @@ def bootstrap_ci(
 )->list[float]:                  # [low, high] of the mean over tasks, in [0,1]
     "95 % percentile bootstrap over pictures, each task resampled on its own (Efron, 1979)."
     rng = np.random.default_rng(seed)
-    means = [np.asarray(f, float)[rng.integers(0, len(f), (resamples, len(f)))].mean(1) for f in flags]
+    means = [[f[rng.integers(0, len(f), len(f))].mean() for _ in range(resamples)] for f in map(np.asarray, flags)]
     return [float(q) for q in np.quantile(np.mean(means, 0), [.025, .975])]
 
 def summarise(

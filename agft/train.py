@@ -6,17 +6,18 @@
 __all__ = ['OPTIMIZERS', 'learning_rate', 'decayed', 'check_run', 'fit', 'resume', 'read_log', 'embed', 'adversarial_loss',
            'finetune']
 
-# %% ../nbs/10_train.ipynb #2849880e
+# %% ../nbs/10_train.ipynb #507915a0
 import json, math, os, time
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from .align import TeCoA, objective
+from .align import Objective, objective
 from .attack import pgd, pixels
 from .clip import ZeroShotCLIP, fingerprint, load_clip, save_clip
-from .core import AgftError, check, claim, pick_device, seeded
+from .core import AgftError, check, claim, pick_device, read_json, seeded
 from .data import Task, batch_indices, load_task
 
 # %% ../nbs/10_train.ipynb #d7e8424d
@@ -48,7 +49,7 @@ def check_run(
     check(steps >= 1 and every >= 1, f'steps is {steps}, every is {every}; allowed: 1 or more')
     check(0 <= warmup < 1, f'warmup is {warmup}; allowed: a share of the steps, 0 or more and below 1')
 
-# %% ../nbs/10_train.ipynb #b8ec9cdb
+# %% ../nbs/10_train.ipynb #4a7ee66d
 def fit(
     module:nn.Module,        # what learns: its parameters that require a gradient
     loss_fn:Callable,        # step -> (scalar loss, dict of numbers for the log); a pure function of the step
@@ -73,10 +74,11 @@ def fit(
             began = time.perf_counter()
             for g in opt.param_groups: g['lr'] = learning_rate(step, steps, lr, int(warmup*steps))
             loss, numbers = loss_fn(step)
-            if not torch.isfinite(loss): raise AgftError(f'{desc}: the loss is {loss.item()} at step {step}; try a lower lr than {lr}')
+            check(torch.isfinite(loss).item(), f'{desc}: the loss is {loss.item()} at step {step}; try a lower lr than {lr}')
             opt.zero_grad()
             loss.backward()
             norm = nn.utils.clip_grad_norm_(params, clip)
+            check(torch.isfinite(norm).item(), f'{desc}: the gradient is {norm.item()} at step {step}; try a lower lr than {lr}')
             opt.step()
             line = dict(step=step, loss=loss.item(), lr=opt.param_groups[0]['lr'], grad_norm=norm.item(), **numbers)
             f.write(json.dumps(dict(**line, seconds=time.perf_counter() - began)) + '\n')
@@ -96,11 +98,13 @@ def resume(
     if not state.is_file():
         log.unlink(missing_ok=True)
         return 0
-    try: saved = torch.load(state, map_location='cpu', weights_only=True)
-    except Exception as e: raise AgftError(f'checkpoint {str(state)!r} cannot be read; remove it to start over: {e}') from e
-    module.load_state_dict(saved['module'])
-    opt.load_state_dict(saved['optimizer'])
-    log.write_text(''.join(log.read_text().splitlines(keepends=True)[:saved['step']]))
+    try:
+        saved = torch.load(state, map_location='cpu', weights_only=True)
+        module.load_state_dict(saved['module'])
+        opt.load_state_dict(saved['optimizer'])
+        log.write_text(''.join(log.read_text().splitlines(keepends=True)[:saved['step']]))
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as e:
+        raise AgftError(f'the run in {str(state.parent)!r} cannot be continued; remove the folder to start over: {e}') from e
     return saved['step']
 
 def read_log(
@@ -119,10 +123,10 @@ def embed(
     "Encode clean images."
     return torch.cat([model.encode_image(b.to(model.mean.device) / 255).cpu() for b in images.split(batch_size)])
 
-# %% ../nbs/10_train.ipynb #ebbc29d5
+# %% ../nbs/10_train.ipynb #d1f9a9c8
 def adversarial_loss(
     student:ZeroShotCLIP,       # learns
-    method:TeCoA,               # objective: gives targets and loss
+    method:Objective,           # objective: gives targets and loss
     task:Task,                  # source task: pictures and labels
     head:Tensor,                # unit rows (C,D), frozen
     features:Tensor|None=None,  # (N,D) embeddings of the frozen model on the clean pictures; None for a method that does not ask
@@ -131,7 +135,6 @@ def adversarial_loss(
     pgd_steps:int=2,            # its steps
     batch_size:int=128,
     seed:int=0,
-    precision:torch.dtype=torch.float32,  # float32, or bfloat16 for autocast
 )->Callable:                    # `loss_fn` for `fit`
     "Attack a batch towards the method's target, then take the method's loss on what came out (AGFT Eq. 2, 9, 10)."
     device = head.device
@@ -139,15 +142,14 @@ def adversarial_loss(
         at = batch_indices(len(task), batch_size, step, seed)
         x, y = task.images[at].to(device) / 255, task.labels[at].to(device)
         target, trace = method.targets(None if features is None else features[at].to(device) @ head.T, y), []
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            x_adv = pgd(lambda x: method.scale * student.cosines(x, head), x, target, eps, pgd_step, pgd_steps,
-                        seeded(seed, 'start', step), trace)
-            cos = student.cosines(x_adv, head)
+        logits_fn = lambda x: method.scale * student.cosines(x, head)
+        x_adv = pgd(logits_fn, x, target, eps, pgd_step, pgd_steps, seeded(seed, 'start', step), trace)
+        cos = student.cosines(x_adv, head)
         robust = (cos.argmax(1) == y).double().mean().item()
         return method.loss(cos, target), dict(robust=robust, zero_grad=max((t['zero_grad'] for t in trace), default=0.))
     return loss_fn
 
-# %% ../nbs/10_train.ipynb #a434e024
+# %% ../nbs/10_train.ipynb #61525aa9
 def finetune(
     preset:dict,           # what `load_preset` gives: model, source task, budget, method settings
     method:str,            # TeCoA or AGFT
@@ -160,17 +162,22 @@ def finetune(
     "Fine-tune the image encoder of a preset's model adversarially."
     cfg, settings = preset['train'], dict(preset['methods'].get(method, {}))
     best = settings.pop('lr', None)
-    goal, lr, steps = objective(method, **settings), best if lr is None else lr, cfg['steps'] if steps is None else steps
+    objective(method)                                                    # an unknown method is an error before anything is loaded
+    lr, steps, dev = best if lr is None else lr, cfg['steps'] if steps is None else steps, pick_device(device)
     check_run(steps, lr, cfg['optimizer'], cfg['warmup'], cfg['every'])
-    dev, task = pick_device(device), load_task(preset['source'], cfg['images'], split='train')
     teacher, student = load_clip(preset['model']).to(dev), load_clip(preset['model']).to(dev)
-    student.model.visual.requires_grad_(True)
-    run = dict(model=preset['model'], source=preset['source'], method=method, **settings, lr=lr, **{**cfg, 'steps': steps}, seed=seed)
-    out, before = claim(out, run), fingerprint(teacher)
+    settings = {k: teacher.scale if v is None else v for k, v in settings.items()}    # a null scale is the model's own
+    goal, before = objective(method, **settings), fingerprint(teacher)
+    out = claim(out, dict(model=preset['model'], teacher=before, source=preset['source'], method=method, **settings, lr=lr,
+                          **{**cfg, 'steps': steps}, seed=seed))
+    task = load_task(preset['source'], cfg['images'], split='train')
     head = teacher.head(task.classes, task.templates)
-    loss_fn = adversarial_loss(student, goal, task, head, embed(teacher, task.images), pixels(cfg['eps']), pixels(cfg['pgd_step']),
-                               cfg['pgd_steps'], cfg['batch_size'], seed)
+    features = embed(teacher, task.images) if goal.asks_original else None
+    student.model.visual.requires_grad_(True)
+    loss_fn = adversarial_loss(student, goal, task, head, features, pixels(cfg['eps']), pixels(cfg['pgd_step']), cfg['pgd_steps'],
+                               cfg['batch_size'], seed)
     fit(student, loss_fn, out, steps, lr, cfg['optimizer'], warmup=cfg['warmup'], every=cfg['every'], desc=f'{method}, seed {seed}')
-    if fingerprint(teacher) != before: raise AgftError('the frozen teacher changed during training')
-    save_clip(student, out/'model.safetensors', **{k: v for k, v in run.items() if k != 'model'}, teacher=before)
+    assert fingerprint(teacher) == before, 'the frozen teacher changed during training'
+    run = read_json(out/'run.json')
+    save_clip(student, out/'model.safetensors', **{k: v for k, v in run.items() if k != 'model'})
     return student.requires_grad_(False)

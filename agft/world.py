@@ -32,7 +32,7 @@ FIELDS = dict(glyph=SHAPES + THINGS + LETTERS + DIGITS, colour=list(COLOURS),
               size='small medium large'.split())
 SIGNS = len(SHAPES + THINGS)  # glyphs from here on are letters and digits
 
-# %% ../nbs/02_world.ipynb #7be8d6dc
+# %% ../nbs/02_world.ipynb #6539a3f6
 REACH, GRID = 1.4, 56  # a glyph has radius about 1; its field covers [-REACH, REACH]² with GRID × GRID samples
 
 def disc(x, y, cx, cy, r):
@@ -64,8 +64,13 @@ def wheel(n, outer, inner=None):
     turns = [2 * math.pi * i / n / len(radii) for i in range(n * len(radii))]
     return [(r * math.sin(t), -r * math.cos(t)) for r, t in zip(radii * n, turns)]
 
-def union(*d): return torch.stack(d).amax(0)
-def both(*d): return torch.stack(d).amin(0)
+def union(*d):
+    "Inside any of the fields."
+    return torch.stack(d).amax(0)
+
+def both(*d):
+    "Inside all of the fields."
+    return torch.stack(d).amin(0)
 
 # %% ../nbs/02_world.ipynb #b28be308
 def outlines(
@@ -156,10 +161,18 @@ def sample(
     a['position'][many], a['size'][many] = -1, -1
     return a
 
-# %% ../nbs/02_world.ipynb #12da1c14
-def uniform(generator, low, high, *shape): return torch.rand(*shape, generator=generator) * (high - low) + low
-def wave(t): return torch.sin(2 * math.pi * t)
-def edge(t, k=1.6): return (.5 + k * t).clamp(0, 1)  # steep but not jagged
+# %% ../nbs/02_world.ipynb #3ad59659
+def uniform(generator, low, high, *shape):
+    "Uniform draws from [low, high)."
+    return torch.rand(*shape, generator=generator) * (high - low) + low
+
+def wave(t):
+    "A sine of period 1."
+    return torch.sin(2 * math.pi * t)
+
+def edge(t, k=1.6):
+    "From 0 to 1 around t = 0, steep but not jagged."
+    return (.5 + k * t).clamp(0, 1)
 
 def rows_columns():
     "Pixel centres: x (32,32) to the right, y (32,32) downwards."
@@ -302,11 +315,13 @@ def draw(
     img = img + uniform(g, .01, .04, n, 1, 1, 1) * torch.randn(n, 3, SIDE, SIDE, generator=g)
     return (img.clamp(0, 1) * 255).round().to(torch.uint8)
 
-# %% ../nbs/02_world.ipynb #6e8e7523
+# %% ../nbs/02_world.ipynb #977bc6f8
 NOUNS = ('shape', 'thing', 'figure')
 FRAMES = ('{}', '{}', 'a picture of {}', 'a drawing of {}', 'there is {}', 'we see {}')
 
-def plural(word): return word + ('es' if word.endswith(('s', 'x', 'h')) else 's')
+def plural(word:str)->str:
+    "More than one of it."
+    return word + ('es' if word.endswith(('s', 'x', 'h')) else 's')
 
 def caption(
     attributes:dict[str, Tensor],  # of `sample`
@@ -329,7 +344,7 @@ def caption(
         out.append(FRAMES[int(c[4] * len(FRAMES))].format(' '.join([*where, thing] if c[3] < .1 else [thing, *where])))
     return out
 
-# %% ../nbs/02_world.ipynb #601033ab
+# %% ../nbs/02_world.ipynb #305322d6
 SHAPE, SAY = ('a {} shape', 'a {} thing', 'a picture of a {} figure'), ('a {}', 'a picture of a {}', 'a drawing of a {}')
 NUMERAL = ('a digit {}', 'the digit {}', 'a picture of a digit {}')
 QUESTIONS = dict(  # task -> class names, templates
@@ -362,7 +377,7 @@ def handwriting(
     from sklearn.datasets import load_digits
     scans = load_digits()
     order = torch.randperm(len(scans.target), generator=seeded('handwriting')).chunk(3)[SPLITS.index(split)]
-    pick = order[torch.randint(len(order), (n,), generator=generator)]
+    pick = torch.cat([order[torch.randperm(len(order), generator=generator)] for _ in range(0, n, len(order))])[:n]
     ink = F.pad(torch.tensor(scans.images, dtype=torch.float)[pick] / 16, (1, 1, 1, 1))[:, None]         # (n,1,10,10)
     field = F.interpolate(ink, size=(GRID, GRID), mode='bicubic', align_corners=False)[:, 0]
     return ((field - .42) * .35).clamp(-.6, .6), torch.tensor(scans.target)[pick].long()

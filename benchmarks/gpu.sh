@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What waits for a GPU, in one go: a longer pre-training of agft-photo, the speed of a training step, three seeds of the photograph experiment.
+# What waits for a GPU, in one go: pre-training agft-photo from scratch, the speed of a training step, three seeds of the photograph experiment.
 # Needs the packs of photographs (AGFT_DATA).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -4,7 +4,7 @@
 
 The plain step is what public code does: torchattacks' PGD on the batch's mean loss for TeCoA; for AGFT, whose target
 torchattacks cannot take, the same loop with a soft target and the frozen teacher run on every batch.
-Rounds alternate between the two; the ratio is the median over rounds. Peak memory is measured in a process of its own each.
+Rounds alternate between the two; the ratio is the median over rounds. Peak memory (on a CPU: of the whole process) is measured in a process of its own each.
 """
 import argparse, json, statistics, subprocess, sys, time
 from pathlib import Path
@@ -22,7 +22,7 @@ STEPS = 3   # optimizer steps in a round
 
 def setup(model, method, device):
     preset = load_preset(model.removeprefix('agft-'))
-    cfg, settings = preset['train'], {k: v for k, v in preset['methods'][method].items() if k != 'lr'}
+    cfg, settings = preset['train'], {k: v for k, v in preset['methods'][method].items() if k != 'lr' and v is not None}
     task = load_task(preset['source'], 4*cfg['batch_size'], split='train')
     teacher, student = load_clip(model).to(device), load_clip(model).to(device)
     student.model.visual.requires_grad_(True)
@@ -88,9 +88,10 @@ def main():
                 if a.device != 'cpu': torch.cuda.synchronize()
                 if r >= 0: rates[name].append(STEPS*batch / (time.perf_counter() - t))
         ratios = [o/p for o, p in zip(rates['agft'], rates['plain'])]
+        peaks = {k: round(peak_mib(s, a.model, method, a.device)) for k, s in (('agft', 'ours'), ('plain', 'plain'))}
         found[method] = dict(ratio=round(statistics.median(ratios), 3), ratio_range=[round(min(ratios), 3), round(max(ratios), 3)],
                              images_per_second={k: round(statistics.median(v), 1) for k, v in rates.items()},
-                             peak_mib={k: round(peak_mib(s, a.model, method, a.device)) for k, s in (('agft', 'ours'), ('plain', 'plain'))})
+                             peak_mib=peaks, peak_ratio=round(peaks['agft']/peaks['plain'], 3))
         print(method, json.dumps(found[method]), flush=True)
     found['about'] = dict(command=f'python benchmarks/train_step.py --model {a.model} --device {a.device} --rounds {a.rounds}', n=a.rounds,
                           machine=machine(a.device), seconds=round(time.time() - began, 1))

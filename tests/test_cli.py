@@ -71,6 +71,8 @@ def test_works_elsewhere_with_no_home_and_no_network(tmp_path):
     (tmp_path/'sitecustomize.py').write_text(block)
     env = {**os.environ, 'HOME': str(home), 'PYTHONPATH': os.pathsep.join([str(tmp_path), os.environ.get('PYTHONPATH', '')])}
     (tmp_path/'cwd').mkdir()
+    refused = subprocess.run([sys.executable, '-c', "import socket; socket.create_connection(('127.0.0.1', 9))"], env=env, capture_output=True, text=True)
+    assert 'network is off' in refused.stderr
     done = agft('train', '--method', 'TeCoA', '--steps', '2', '--out', 'run', cwd=tmp_path/'cwd', env=env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path/'cwd'/'run'/'model.safetensors').exists()
@@ -84,9 +86,12 @@ def test_works_elsewhere_with_no_home_and_no_network(tmp_path):
     (['train', '--method', 'AGFT', '--out', 'OUT', '--device', 'tpu'], ['tpu', 'cpu']),
     (['train', '--method', 'AGFT', '--out', 'FILE'], ['is a file']),
     (['train', '--method', 'AGFT', '--out', 'OTHER'], ['run.json']),
+    (['train', '--method', 'AGFT', '--out', 'FILE/below'], ['cannot be written']),
+    (['train', '--method', 'AGFT', '--preset', 'photo', '--out', 'OTHER'], ['run.json']),
     (['demo', '--out', 'OUT', '--seeds', '0'], ['0', '1 or more']),
     (['eval', 'agft-tiny', '--out', 'OUT', '--eps', '4'], ["'4'", '4/255']),
     (['eval', 'agft-tiny', '--out', 'OUT', '--eps', 'four'], ['four', '4/255']),
+    (['eval', 'agft-tiny', '--out', 'OUT', '--eps', '0'], ['0', 'above 0']),
     (['eval', 'agft-tiny', '--out', 'OUT', '--n', '0'], ['0', '1 or more']),
     (['eval', 'missing.safetensors', '--out', 'OUT'], ['missing.safetensors', 'does not exist']),
     (['eval', 'CUT', '--out', 'OUT'], ['cut.safetensors', 'truncated']),
@@ -104,7 +109,7 @@ def test_bad_input_is_one_line_and_exit_code_2(args, words, tmp_path, capsys, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('AGFT_DATA', str(tmp_path/'nowhere'))
     began = time.time()
-    paths = dict(OUT='out', FILE='file', OTHER='other', CUT='cut.safetensors', ALIEN='alien.safetensors')
+    paths = {'OUT': 'out', 'FILE': 'file', 'FILE/below': 'file/below', 'OTHER': 'other', 'CUT': 'cut.safetensors', 'ALIEN': 'alien.safetensors'}
     assert main([paths.get(a, a) for a in args]) == 2
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and 'Traceback' not in err and all(w in err for w in words), err
@@ -115,3 +120,15 @@ def test_a_folder_of_another_run_is_refused(small_preset, tmp_path, capsys):
     assert main(['demo', '--out', str(tmp_path/'d')]) == 0
     assert main(['demo', '--out', str(tmp_path/'d'), '--seeds', '2']) == 2
     assert 'seeds' in capsys.readouterr().err
+
+
+def test_flags_of_another_model_are_not_taken_for_this_one(small_preset, tmp_path, capsys):
+    "A checkpoint that was trained anew under the same path is another model."
+    from agft.clip import save_clip
+    model = load_clip('agft-tiny')
+    save_clip(model, tmp_path/'m.safetensors')
+    args = ['eval', str(tmp_path/'m.safetensors'), '--n', '8', '--out', str(tmp_path/'e')]
+    assert main(args) == 0 and main(args) == 0
+    next(model.model.visual.parameters()).mul_(1.5)
+    save_clip(model, tmp_path/'m.safetensors')
+    assert main(args) == 2 and 'model' in capsys.readouterr().err

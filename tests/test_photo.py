@@ -5,7 +5,7 @@ from PIL import Image
 from agft import cli
 from agft.clip import load_clip
 from agft.core import asset, load_preset, read_json
-from agft.data import PHOTO_PACKS, load_task, packs_dir, read_pack
+from agft.data import PHOTO_PACKS, load_task, packs_dir
 from agft.evaluate import MEAN
 
 
@@ -27,12 +27,10 @@ def made_packs(tmp_path, monkeypatch):
     folder.mkdir()
     for i, (task, pack) in enumerate(PHOTO_PACKS.items()):
         size = (32, 32) if task.startswith('cifar') else (64, 64) if task in ('tinyimagenet', 'eurosat') else (80, 100)
-        write_pack(folder, pack, names[pack]['names'], 24, size, i)
-    for i, half in enumerate('ab'): write_pack(folder, f'tinyimagenet_train_{half}', names['tinyimagenet_val']['names'], 600, (64, 64), 100 + i)
+        write_pack(folder, pack, names[pack]['classes'], 24, size, i)
+    for i, half in enumerate('ab'): write_pack(folder, f'tinyimagenet_train_{half}', names['tinyimagenet_val']['classes'], 600, (64, 64), 100 + i)
     monkeypatch.setenv('AGFT_DATA', str(folder))
-    read_pack.cache_clear()
-    yield folder
-    read_pack.cache_clear()
+    return folder
 
 
 def test_photo_demo_runs_on_packs_that_we_made(made_packs, tmp_path, monkeypatch):
