@@ -34,7 +34,7 @@ def pixels(
     check(0 <= length <= 1, f'{value!r} is no length in pixel units; allowed: 0 to 1, written like 4/255')
     return length
 
-# %% ../nbs/05_attack.ipynb #a6411cf3
+# %% ../nbs/05_attack.ipynb #2dd36de3
 def check_images(
     x:Tensor,       # what should be a batch of images
     target:Tensor,  # what should be its labels or probabilities
@@ -48,7 +48,7 @@ def check_images(
     check(target.ndim in (1, 2) and len(target) == len(x), f'target has shape {tuple(target.shape)} for {len(x)} images; '
           'allowed: (B,) or (B,C)')
     check(target.is_floating_point() if target.ndim == 2 else target.dtype == torch.int64,
-          f'target of shape {tuple(target.shape)} has dtype {target.dtype}; allowed: int64 labels (B,) or floating-point probabilities (B,C)')
+          f'target of shape {tuple(target.shape)} has dtype {target.dtype}; allowed: int64 labels (B,) or float probabilities (B,C)')
     if target.ndim == 2 and len(target):
         off = (target.double().sum(1) - 1).abs().max().item()
         check(off < 1e-2, f'a row of target sums to {1 + off:.3g} or {1 - off:.3g}; allowed: probabilities that sum to 1')

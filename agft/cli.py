@@ -6,9 +6,10 @@
 __all__ = ['test_tasks', 'budgets', 'threat', 'fine_tuned', 'compare', 'demo', 'page', 'examples', 'train', 'evaluate_checkpoint',
            'tune', 'parser', 'main']
 
-# %% ../nbs/14_cli.ipynb #9354626c
+# %% ../nbs/14_cli.ipynb #c14fab40
 import argparse, sys, time
 from pathlib import Path
+from textwrap import fill
 import torch
 from . import __version__
 from .align import METHODS
@@ -111,7 +112,7 @@ def page(
                 examples(models[m, 0], task, budget) for m in ('CLIP', 'AGFT')}
     return html_report(f'agft demo: {name}', results, figures)
 
-# %% ../nbs/14_cli.ipynb #7323f2c5
+# %% ../nbs/14_cli.ipynb #faa7c654
 def examples(
     model:ZeroShotCLIP,
     task:Task,
@@ -122,7 +123,7 @@ def examples(
     head, dev = model.head(task.classes, task.templates), model.mean.device
     x = task.images[:n].to(dev) / 255
     x_adv = pgd(lambda x: model.logits(x, head), x, task.labels[:n].to(dev), **budget, generator=seeded(0, 'examples'))
-    with torch.no_grad(): named = [[task.classes[i] for i in model.logits(v, head).argmax(1)] for v in (x, x_adv)]
+    with torch.no_grad(): named = [[fill(task.classes[i], 11) for i in model.logits(v, head).argmax(1)] for v in (x, x_adv)]
     return show_attack(x, x_adv, *named)
 
 # %% ../nbs/14_cli.ipynb #3d12ad7d

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MEAN', 'evaluate', 'evaluate_tasks', 'read_flags', 'bootstrap_ci', 'summarise']
 
-# %% ../nbs/11_evaluate.ipynb #bd8803a9
+# %% ../nbs/11_evaluate.ipynb #6159d5da
 import os, zipfile, zlib
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np, torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .attack import pgd
 from .clip import ZeroShotCLIP
 from .core import AgftError, seeded

@@ -6,14 +6,14 @@
 __all__ = ['OPTIMIZERS', 'learning_rate', 'decayed', 'check_run', 'fit', 'resume', 'read_log', 'embed', 'adversarial_loss',
            'finetune']
 
-# %% ../nbs/10_train.ipynb #507915a0
+# %% ../nbs/10_train.ipynb #e029f3ce
 import json, math, os, time
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .align import Objective, objective
 from .attack import pgd, pixels
 from .clip import ZeroShotCLIP, fingerprint, load_clip, save_clip

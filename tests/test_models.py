@@ -34,6 +34,7 @@ def test_tiny_is_a_zero_shot_model_that_attacks_break():
 
 @pytest.mark.parametrize('name', ['tiny', 'photo'])
 def test_learning_rates_are_those_that_tuning_chose(name):
-    preset, found = load_preset(name), read_json(ROOT/preset['lr_from']['results'])
+    preset = load_preset(name)
+    found = read_json(ROOT/preset['lr_from']['results'])
     for method, settings in preset['methods'].items(): assert settings['lr'] == found[method]['best']
     assert found['about']['command'] == preset['lr_from']['command']

@@ -49,6 +49,8 @@ def test_installed_elsewhere_it_finds_its_files(wheel, tmp_path):
     code += ''.join(f'; assert asset({Path(f).name!r}).is_file()' for f in DATA if '/assets/' in f)
     code += ''.join(f'; assert load_preset({Path(f).stem!r})' for f in DATA if '/presets/' in f)
     assert run(code, path=[tmp_path/'site'], cwd=tmp_path)==str(tmp_path/'site'/'agft'/'__init__.py')
+    work = "from agft.cli import main; assert main(['eval', 'agft-tiny', '--n', '4', '--out', 'e'])==0"
+    assert 'zero-shot mean' in run(work, path=[tmp_path/'site'], cwd=tmp_path)
 
 # -- the order of the chapters
 
