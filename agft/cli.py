@@ -122,7 +122,7 @@ def examples(
     "The first pictures of a task, what the attack adds to them, and what the model makes of both."
     head, dev = model.head(task.classes, task.templates), model.mean.device
     x = task.images[:n].to(dev) / 255
-    x_adv = pgd(lambda x: model.logits(x, head), x, task.labels[:n].to(dev), **budget, generator=seeded(0, 'examples'))
+    x_adv = pgd(lambda x: model.logits(x, head), x, task.labels[:n].to(dev), **budget, start=seeded(0, 'examples'))
     with torch.no_grad(): named = [[fill(task.classes[i], 11) for i in model.logits(v, head).argmax(1)] for v in (x, x_adv)]
     return show_attack(x, x_adv, *named)
 

@@ -34,7 +34,7 @@ def evaluate(
         with torch.no_grad(): right = model.logits(x, head).argmax(1) == y
         kept, trace = right.clone(), []
         if right.any():
-            x_adv = pgd(lambda x: model.logits(x, head), x[right], y[right], eps, step, steps, seeded(seed, task.name, i), trace)
+            x_adv = pgd(lambda x: model.logits(x, head), x[right], y[right], eps, step, steps, seeded(seed, task.name, i), trace=trace)
             with torch.no_grad(): kept[right] = model.logits(x_adv, head).argmax(1) == y[right]
         clean.append(right.cpu()); robust.append(kept.cpu()); zero += [t['zero_grad'] for t in trace]
     return dict(clean=torch.cat(clean).numpy(), robust=torch.cat(robust).numpy(), label=task.labels.numpy(),

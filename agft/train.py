@@ -143,7 +143,7 @@ def adversarial_loss(
         x, y = task.images[at].to(device) / 255, task.labels[at].to(device)
         target, trace = method.targets(None if features is None else features[at].to(device) @ head.T, y), []
         logits_fn = lambda x: method.scale * student.cosines(x, head)
-        x_adv = pgd(logits_fn, x, target, eps, pgd_step, pgd_steps, seeded(seed, 'start', step), trace)
+        x_adv = pgd(logits_fn, x, target, eps, pgd_step, pgd_steps, seeded(seed, 'start', step), trace=trace)
         cos = student.cosines(x_adv, head)
         robust = (cos.argmax(1) == y).double().mean().item()
         return method.loss(cos, target), dict(robust=robust, zero_grad=max((t['zero_grad'] for t in trace), default=0.))
