@@ -97,11 +97,12 @@ NORMS = {'Linf': Linf(), 'L2': L2()}
 # %% ../nbs/05_attack.ipynb #f26b4356
 def pixels(
     value:str|float,  # '4/255', '0.0157' or 0.0157
-)->float:             # the same length, in [0,1]
+    most:float=1.,    # largest length that is allowed; an L2 ball may be wider than one pixel's range
+)->float:             # the same length, in units of [0,1]
     "Read a length in pixel units."
     try: length = float(Fraction(value))
     except (ValueError, ZeroDivisionError, OverflowError, TypeError): length = -1
-    check(0 <= length <= 1, f'{value!r} is no length in pixel units; allowed: 0 to 1, written like 4/255')
+    check(0 <= length <= most, f'{value!r} is no length in pixel units; allowed: 0 to {most:g}, written like 4/255')
     return length
 
 # %% ../nbs/05_attack.ipynb #2dd36de3

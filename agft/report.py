@@ -36,11 +36,12 @@ def cell(
     return f'{100*entry[kind]:.1f}' + (f' ± {100*spread:.1f}' if spread is not None else '')
 
 def markdown_table(
-    results:dict,  # method -> task -> numbers
-)->str:            # one row a task, for each method a clean and a robust column, percent
+    results:dict,          # method (or threat) -> task -> numbers
+    columns:list|None=None, # pairs (method, clean or robust); None is both for each method
+)->str:                    # one row a task, percent
     "The results as a Markdown table; the mean stands last."
     names = methods_of(results)
-    columns = [(m, k) for m in names for k in ('clean', 'robust')]
+    columns = columns or [(m, k) for m in names for k in ('clean', 'robust')]
     rows = [['task', 'n', *(f'{m} {k}' for m, k in columns)]]
     rows += [[t, str(e['n']), *(cell(results[m][t], k) for m, k in columns)] for t, e in results[names[0]].items()]
     wide = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
@@ -85,18 +86,18 @@ td:first-child,th:first-child{text-align:left} img{max-width:100%} figure{margin
 
 def html_report(
     title:str,
-    results:dict,             # method -> task -> numbers, with `about`
+    table:str,                # Markdown, as `markdown_table` gives it
+    about:dict,               # command, threat, machine and whatever else stands behind the numbers
     figures:dict[str, Figure],# caption -> figure
 )->str:                       # a whole HTML page
     "A self-contained page: what was done, the table, the figures."
-    rows = [[c.strip() for c in r.strip('|').split('|')] for r in markdown_table(results).splitlines()]
+    rows = [[c.strip() for c in r.strip('|').split('|')] for r in table.splitlines()]
     del rows[1]
     tr = lambda r, tag: '<tr>' + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in r) + '</tr>'
-    about = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>' for k, v in results['about'].items())
+    about = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>' for k, v in about.items())
     drawn = ''.join(f'<figure><img src="data:image/png;base64,{base64.b64encode(f.png()).decode()}" alt="">'
                     f'<figcaption>{html.escape(c)}</figcaption></figure>' for c, f in figures.items())
     return f'''<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>
 <div class="wide"><table><thead>{tr(rows[0], "th")}</thead><tbody>{"".join(tr(r, "td") for r in rows[1:])}</tbody></table></div>
-<p>Accuracy in percent; robust is right clean <em>and</em> under attack. ± is the standard deviation over seeds.</p>
 {drawn}<h2>About these numbers</h2><dl>{about}</dl></html>'''

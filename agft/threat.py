@@ -162,7 +162,7 @@ THREATS = {
     'square': Attack(square, 5000, 'queries of random search, no gradient', OFFICIAL),
     **fgsm_family()}
 
-# %% ../nbs/06_threat.ipynb #f59981fb
+# %% ../nbs/06_threat.ipynb #dcfc0df3
 @dataclass(frozen=True)
 class Threat:
     "An attack with its budget; make it with `threat`."
@@ -174,7 +174,9 @@ class Threat:
     @property
     def radius(self)->str: return f'{255*self.eps:.4g}/255' if self.norm == 'Linf' else f'{self.eps:.4g}'
     @property
-    def key(self)->str: return f'{self.name}-{self.norm}-{self.radius.replace("/", "_")}'  # fit for a file name
+    def label(self)->str: return ' '.join([self.name, *[NORMS[self.norm].label]*(self.norm != 'Linf'), self.radius])  # 'pgd20 4/255'
+    @property
+    def key(self)->str: return self.label.replace(' ', '-').replace('/', '_')                                       # fit for a file name
 
     def describe(self,
         resolutions:Sequence[int],  # pixels, of the tasks
@@ -206,8 +208,8 @@ def threat(
     eps:float,         # radius, pixel units
     norm:str='Linf',   # key of `NORMS`
 )->Threat:
-    "The threat of that name and budget."
+    "The threat of that name and budget; `clean` has no radius."
     check(name in THREATS, f'unknown threat {name!r}; allowed: {", ".join(THREATS)}')
     check_budget(eps, 0, norm)
     check(norm in THREATS[name].norms, f'threat {name!r} does not support norm {norm!r}; allowed: {", ".join(THREATS[name].norms)}')
-    return Threat(name, eps, norm, THREATS[name])
+    return Threat(name, eps if THREATS[name].steps else 0., norm, THREATS[name])

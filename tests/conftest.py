@@ -15,7 +15,7 @@ def small_preset(monkeypatch):
     def cut(name):
         p = load_preset(name)
         p['train'].update(images=96, steps=4, batch_size=32, warmup=.25, every=2)
-        p['eval'].update(images=24, steps=3)
+        p['eval'].update(images=24, threat='fgsm')
         p['tune'].update(images=24, lr=p['tune']['lr'][:2])
         p['zero_shot'] = p['zero_shot'][:2]
         return p

@@ -34,9 +34,8 @@ def test_demo_writes_everything_and_repeats_itself(small_preset, tmp_path, capsy
 def test_demo_numbers_are_recounted_from_its_flags(small_preset, tmp_path):
     main(['demo', '--out', str(tmp_path/'d')])
     results = json.loads((tmp_path/'d'/'results.json').read_text())
-    eps = load_preset('tiny')['eval']['eps'][0].replace('/', '_')
     for task in small_preset('tiny')['zero_shot']:
-        z = np.load(tmp_path/'d'/'flags'/eps/'AGFT-0'/f'{task}.npz')
+        z = np.load(tmp_path/'d'/'flags'/'AGFT-0'/'fgsm-4_255'/f'{task}.npz')
         assert results['AGFT'][task]['robust'] == (z['robust'] & z['clean']).mean() == z['robust'].mean()
 
 
@@ -91,7 +90,12 @@ def test_works_elsewhere_with_no_home_and_no_network(tmp_path):
     (['demo', '--out', 'OUT', '--seeds', '0'], ['0', '1 or more']),
     (['eval', 'agft-tiny', '--out', 'OUT', '--eps', '4'], ["'4'", '4/255']),
     (['eval', 'agft-tiny', '--out', 'OUT', '--eps', 'four'], ['four', '4/255']),
-    (['eval', 'agft-tiny', '--out', 'OUT', '--eps', '0'], ['0', 'above 0']),
+    (['eval', 'agft-tiny', '--out', 'OUT', '--eps', '1/255,9'], ["'9'", '4/255']),
+    (['eval', 'agft-tiny', '--out', 'OUT', '--threats', 'pgd20,aa'], ["'aa'", 'autoattack']),
+    (['eval', 'agft-tiny', '--out', 'OUT', '--norm', 'L1'], ["'L1'", 'Linf, L2']),
+    (['eval', 'agft-tiny', '--out', 'OUT', '--norm', 'L2', '--threats', 'mifgsm'], ['mifgsm', 'L2', 'Linf']),
+    (['audit', 'agft-tiny', '--out', 'OUT', '--eps', '0'], ['0', 'above 0']),
+    (['audit', 'agft-tiny', '--out', 'OUT', '--n', '-3'], ['-3', '1 or more']),
     (['eval', 'agft-tiny', '--out', 'OUT', '--n', '0'], ['0', '1 or more']),
     (['eval', 'missing.safetensors', '--out', 'OUT'], ['missing.safetensors', 'does not exist']),
     (['eval', 'CUT', '--out', 'OUT'], ['cut.safetensors', 'truncated']),

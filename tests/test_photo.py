@@ -36,7 +36,7 @@ def made_packs(tmp_path, monkeypatch):
 def test_photo_demo_runs_on_packs_that_we_made(made_packs, tmp_path, monkeypatch):
     preset = load_preset('photo')
     preset['train'].update(images=64, steps=2, batch_size=16, every=1)
-    preset['eval'].update(images=12, steps=2)
+    preset['eval'].update(images=12, threat='fgsm')
     preset['zero_shot'] = preset['zero_shot'][:2]
     monkeypatch.setattr(cli, 'load_preset', lambda name: preset)
     assert cli.main(['demo', '--preset', 'photo', '--out', str(tmp_path/'out')]) == 0
