@@ -3,10 +3,12 @@
     python benchmarks/attacks.py [--model agft-tiny] [--device cpu] [--rounds 3] [--images 32] [--out results/benchmark_attacks.json]
 
 PGD-20 attacks the untuned model. Auto-PGD attacks a TeCoA student of the model's own preset (fine-tuned here first, unless --student
-names a checkpoint), at the preset's eps, where a share of the images survives, and at eight times that, where none does.
+names a checkpoint), at half the preset's eps and at that eps, where a share of the images survives, and at eight times that,
+where none does.
 Both sides have the same eps, steps and targets, and only images that are right clean.
 Rounds alternate between the sides, each with a random start of its own; the ratio of images a second is the median over rounds.
-Forwards are the images that went through the network, for each image attacked. Robust accuracy is the mean over rounds, from the returned pixels.
+Forwards are the images that went through the network, for each image attacked. Robust accuracy, from the returned pixels, is the mean
+over rounds. On a shared CPU set OMP_NUM_THREADS to the cores that are free, or threads that wait for each other hide everything else.
 """
 import argparse, json, statistics, tempfile, time
 import torch, torchattacks
@@ -70,35 +72,37 @@ def compare(attack, net, x, y, eps, rounds):
             robust.setdefault(name, []).append((~broken(net, x_adv, y)).double().mean().item())
     ratios = [o/t for o, t in zip(rates['agft'], rates['theirs'])]
     of = lambda found, digits, mean=statistics.median: {k: round(mean(v), digits) for k, v in found.items()}
-    return dict(eps=f'{round(255*eps)}/255', n=len(x), ratio=round(statistics.median(ratios), 3),
+    return dict(eps=f'{255*eps:.3g}/255', n=len(x), ratio=round(statistics.median(ratios), 3),
                 ratio_range=[round(min(ratios), 3), round(max(ratios), 3)], images_per_second=of(rates, 2),
                 forwards_per_image=of(seen, 1), robust_accuracy=of(robust, 4, statistics.mean))
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--model', default='agft-tiny'); p.add_argument('--device', default='cpu'); p.add_argument('--rounds', type=int, default=3)
-    p.add_argument('--images', type=int, default=32); p.add_argument('--student', help='checkpoint of a robust student')
-    p.add_argument('--out', default='results/benchmark_attacks.json')
+    p.add_argument('--model', default='agft-tiny'); p.add_argument('--device', default='cpu')
+    p.add_argument('--rounds', type=int, default=3); p.add_argument('--images', type=int, default=32)
+    p.add_argument('--student', help='checkpoint of a robust student'); p.add_argument('--out', default='results/benchmark_attacks.json')
     a = p.parse_args()
     preset, found = load_preset(a.model.removeprefix('agft-')), {}
-    if a.student: student = load_clip(a.student)
+    if a.student: robust = load_clip(a.student)
     else:
-        with tempfile.TemporaryDirectory() as d: student = finetune(preset, 'TeCoA', d, device=a.device)
+        with tempfile.TemporaryDirectory() as d: robust = finetune(preset, 'TeCoA', d, device=a.device)
     began, task, eps = time.time(), load_task(preset['source'], 8*a.images), pixels(preset['train']['eps'])
     clip = load_clip(a.model).to(a.device)
     head = clip.head(task.classes, task.templates)
-    nets = {'untuned': Classifier(clip, head).eval(), 'TeCoA': Classifier(student.to(a.device), head).eval()}
+    nets = {'untuned': Classifier(clip, head).eval(), 'TeCoA': Classifier(robust.to(a.device), head).eval()}
     cases = [('PGD-20', 'untuned', pgd20, eps)]
-    cases += [(name, 'TeCoA', attack, radius) for name, attack in (('APGD-CE', apgd_ce), ('APGD-T', apgd_t)) for radius in (eps, 8*eps)]
+    cases += [(name, 'TeCoA', attack, radius) for name, attack in (('APGD-CE', apgd_ce), ('APGD-T', apgd_t))
+              for radius in (eps/2, eps, 8*eps)]
     for name, model, attack, radius in cases:
         net = nets[model]
         one = compare(attack, net, *right_clean(net, task, a.images, a.device), radius, a.rounds)
         found[f'{name}, {model}, {one["eps"]}'] = one
         print(name, model, json.dumps(one), flush=True)
-    command = f'python benchmarks/attacks.py --model {a.model} --device {a.device} --rounds {a.rounds} --images {a.images}'
+    student = f' --student {a.student}' if a.student else ''
+    command = f'python benchmarks/attacks.py --model {a.model} --device {a.device} --rounds {a.rounds} --images {a.images}{student}'
     found['about'] = dict(command=command, n=a.rounds, against='torchattacks (PGD-20), pyautoattack (APGD)', machine=machine(a.device),
-                          seconds=round(time.time() - began, 1))
+                          threads=torch.get_num_threads(), seconds=round(time.time() - began, 1))
     write_json(a.out, found)
 
 
