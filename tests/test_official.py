@@ -80,11 +80,10 @@ HAS_CIFAR = packs_dir() is not None and (packs_dir()/'cifar10_test.npz').is_file
 
 
 @pytest.mark.skipif(not HAS_CIFAR, reason='the CIFAR-10 pack is not here (AGFT_DATA)')
-@pytest.mark.parametrize('n,steps,names', [(12, 8, ['ce']), pytest.param(32, 20, LOSSES, marks=pytest.mark.slow)])
-def test_on_cifar_the_same_images_stand(cifar, n, steps, names):
+@pytest.mark.parametrize('name,n,steps', [('ce', 10, 6), *(pytest.param(name, 32, 10, marks=pytest.mark.slow) for name in LOSSES)])
+def test_on_cifar_the_same_images_stand(cifar, name, n, steps):
     net, x, y = cifar
-    for name in names:
-        theirs, ours = standing(net, x[:n], y[:n], name, 'Linf', .75/255, steps)
-        agree = (theirs == ours).double().mean().item()
-        print(f'{name}, n={n}: official {theirs.double().mean().item():.3f}, ours {ours.double().mean().item():.3f}, agreement {agree:.3f}')
-        assert agree >= .97 and theirs.any() and not theirs.all() and ours.double().mean() <= theirs.double().mean() + .005
+    theirs, ours = standing(net, x[:n], y[:n], name, 'Linf', .75/255, steps)
+    agree = (theirs == ours).double().mean().item()
+    print(f'{name}, n={n}: official {theirs.double().mean().item():.3f}, ours {ours.double().mean().item():.3f}, agreement {agree:.3f}')
+    assert agree >= .97 and 0 < theirs.double().mean() < 1 and ours.double().mean() <= theirs.double().mean() + .005
