@@ -71,7 +71,7 @@ def cifar():
     net.load_state_dict(torch.load(weights, map_location='cpu', weights_only=True))
     net.eval().requires_grad_(False)
     x, y, _ = read_pack('cifar10_test')
-    x, y = x[:40]/255, y[:40]
+    x, y = x[:40].contiguous()/255, y[:40]      # the official code cannot view the gradient of pixels that lie channels last
     keep = (~broken(net, x, y)).nonzero()[:32, 0]
     return net, x[keep], y[keep]
 
