@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RING', 'GAUSS', 'OURS', 'THEIRS', 'OFFICIAL', 'MODES', 'FGSM_FAMILY', 'THREATS', 'Classifier', 'global_seed',
-           'family', 'autoattack', 'square', 'neighbours', 'pi_fgsm', 'Attack', 'steady', 'fgsm_family', 'Threat',
-           'threat']
+           'family', 'autoattack', 'square', 'neighbours', 'pi_fgsm', 'Attack', 'steady', 'fgsm_family', 'radius',
+           'Threat', 'threat']
 
 # %% ../nbs/06_threat.ipynb #abb646f0
 import contextlib, io
@@ -22,7 +22,7 @@ from .attack import (NORMS, apgd, apgd_targeted, broken, check_budget, check_ima
                          pgd, random_class, targeted_cross_entropy, worst_case)
 from .core import check
 
-# %% ../nbs/06_threat.ipynb #1f5bf682
+# %% ../nbs/06_threat.ipynb #d38cecc8
 class Classifier(nn.Module):
     "A logits function as the module that other libraries ask for."
     def __init__(self,
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
     ):
         super().__init__()
         self.logits_fn, self.anchor = logits_fn, nn.Parameter(torch.zeros((), device=device)) # libraries read the device off a parameter
-    def forward(self, x:Tensor)->Tensor: return self.logits_fn(x).float()
+    def forward(self, x:Tensor)->Tensor: return self.logits_fn(x).to(torch.float32, copy=True)   # Square writes into the logits
 
 @contextlib.contextmanager
 def global_seed(
@@ -162,7 +162,14 @@ THREATS = {
     'square': Attack(square, 5000, 'queries of random search, no gradient', OFFICIAL),
     **fgsm_family()}
 
-# %% ../nbs/06_threat.ipynb #dcfc0df3
+# %% ../nbs/06_threat.ipynb #ae2f99d5
+def radius(
+    eps:float,  # pixel units
+    norm:str,   # key of `NORMS`
+)->str:
+    "A radius as it is written: L∞ in steps of the pixel scale, L2 as it is."
+    return f'{255*eps:.4g}/255' if norm == 'Linf' else f'{eps:.4g}'
+
 @dataclass(frozen=True)
 class Threat:
     "An attack with its budget; make it with `threat`."
@@ -172,9 +179,7 @@ class Threat:
     attack:Attack
 
     @property
-    def radius(self)->str: return f'{255*self.eps:.4g}/255' if self.norm == 'Linf' else f'{self.eps:.4g}'
-    @property
-    def label(self)->str: return ' '.join([self.name, *[NORMS[self.norm].label]*(self.norm != 'Linf'), self.radius])  # 'pgd20 4/255'
+    def label(self)->str: return ' '.join([self.name, *[NORMS[self.norm].label]*(self.norm != 'Linf'), radius(self.eps, self.norm)])  # 'pgd20 4/255'
     @property
     def key(self)->str: return self.label.replace(' ', '-').replace('/', '_')                                       # fit for a file name
 
@@ -183,7 +188,7 @@ class Threat:
     )->str:
         "All that must stand beside a number."
         at = '/'.join(map(str, sorted(set(resolutions))))
-        return (f'{self.name}, {NORMS[self.norm].label}, ε = {self.radius} at {at} px, {self.attack.steps} steps: {self.attack.how} '
+        return (f'{self.name}, {NORMS[self.norm].label}, ε = {radius(self.eps, self.norm)} at {at} px, {self.attack.steps} steps: {self.attack.how} '
                 f'({self.attack.version}); robust = right clean and under attack')
 
     def __call__(self,
