@@ -62,7 +62,7 @@ def check_logits(
     bad = ~logits.isfinite().all(1)
     if bad.any(): # the message costs a copy from the device
         first = bad.nonzero()[0, 0].item() if row is None else row[bad][0].item()
-        check(False, f'logits of image {first} are not finite ({int(bad.sum())} of {len(bad)} images in the batch); allowed: finite numbers')
+        check(False, f'logits of image {first} are not finite ({int(bad.sum())} of {len(bad)} in the batch are not); allowed: finite numbers')
 
 # %% ../nbs/05_attack.ipynb #d32dfa66
 class Linf:
@@ -129,7 +129,7 @@ def check_budget(
 )->Linf|L2:                                        # the ball of that norm
     "Raise `AgftError` for a budget that no attack can have."
     check(norm in NORMS, f'unknown norm {norm!r}; allowed: {", ".join(NORMS)}')
-    check(0 <= eps <= (1 if norm == 'Linf' else 1e4), f'eps is {eps}; allowed: 0 to 1 in pixel units (write 4/255, not 4), for L2 0 or more')
+    check(0 <= eps <= (1 if norm == 'Linf' else 1e4), f'eps is {eps}; allowed: 0 to 1 in pixel units (write 4/255, not 4); L2: 0 or more')
     check(step >= 0, f'step is {step}; allowed: 0 or more, in pixel units')
     check(steps >= 0 and steps == int(steps), f'steps is {steps}; allowed: 0, 1, 2, …')
     return NORMS[norm]
@@ -181,8 +181,9 @@ def search(
     early_stop:bool=True,      # without, every image is walked to the end
 )->Tensor:                     # for each image the first point that breaks it, else its point of highest loss
     "Walk all images at once, and let those that are broken leave the batch."
-    s = SimpleNamespace(row=torch.arange(len(x), device=x.device), x=x, target=target, x_adv=x_adv, best=x_adv, best_grad=torch.zeros_like(x),
-                        best_value=torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device))
+    row = torch.arange(len(x), device=x.device)
+    s = SimpleNamespace(row=row, x=x, target=target, x_adv=x_adv, best=x_adv, best_grad=torch.zeros_like(x),
+                        best_value=torch.full_like(row, -torch.inf, dtype=torch.float64))
     found = x_adv.clone()
     for i in range(steps + 1):
         s.value, s.grad, logits = input_gradient(logits_fn, s.x_adv, s.target, loss, s.row, trace)

@@ -315,7 +315,8 @@ def audit_figure(verdicts:Sequence[Verdict])->Figure: # of `audit`
     size, steps, noise = by['falls with eps'], by.get('falls with steps'), by['stronger than noise']
     fig, axs = figure(1, 4 if steps else 3, size=(9 if steps else 7, 2.5))
     at = [radius(e, size.data['norm']).removesuffix('/255') for e in size.data['at']]
-    draw_curve(axs[0], size, at, f'ε{" (1/255)" if size.data["norm"] == "Linf" else ""}, audited: {radius(size.data["eps"], size.data["norm"])}',
+    unit, audited = ' (1/255)' if size.data['norm'] == 'Linf' else '', radius(size.data['eps'], size.data['norm'])
+    draw_curve(axs[0], size, at, f'ε{unit}, audited: {audited}',
                noise=noise.data['left'])
     if steps: draw_curve(axs[1], steps, [str(k) for k in steps.data['at']], 'steps')
     draw_bars(axs[-2], verdicts)

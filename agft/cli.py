@@ -152,7 +152,8 @@ def evaluate_checkpoint(
     found = {t.label: t for name in (threats or cfg['eval']['threat']).split(',') for e in radii for t in [threat(name, e, norm)]}
     check(n is None or n > 0, f'n is {n}; allowed: 1 or more')
     model = load_clip(checkpoint).to(dev)
-    out = claim(out, dict(command='eval', checkpoint=str(checkpoint), model=fingerprint(model), preset=preset, threats=[*found], n=n, seed=seed))
+    out = claim(out, dict(command='eval', checkpoint=str(checkpoint), model=fingerprint(model), preset=preset, threats=[*found], n=n,
+                          seed=seed))
     tasks = test_tasks(cfg, n)
     rows = evaluate_threats(model, tasks, out/'flags', list(found.values()), seed)
     results = {label: summarise([flags]) for label, flags in rows.items()}
@@ -166,7 +167,7 @@ def evaluate_checkpoint(
     print(f'{results["about"]["threat"]}\n{markdown_table(results, columns)}')
     return results
 
-# %% ../nbs/15_cli.ipynb #1e164db9
+# %% ../nbs/15_cli.ipynb #f8ba63e1
 def audit_checkpoint(
     checkpoint:str,         # a .safetensors checkpoint, or the name of a small model
     out:str,                # folder for audit.json and audit.html
@@ -185,17 +186,18 @@ def audit_checkpoint(
     check(radius > 0, f'eps is {eps}; allowed: above 0')
     check_budget(radius, 0, norm)
     model = load_clip(checkpoint).to(dev)
-    out = claim(out, dict(command='audit', checkpoint=str(checkpoint), model=fingerprint(model), preset=preset, eps=eps, norm=norm, n=n, seed=seed))
+    out = claim(out, dict(command='audit', checkpoint=str(checkpoint), model=fingerprint(model), preset=preset, eps=eps, norm=norm, n=n,
+                          seed=seed))
     task = load_task(cfg['source'], n)
     head = model.head(task.classes, task.templates)
     verdicts = audit(lambda x: model.logits(x, head), task.images.to(dev)/255, task.labels.to(dev), radius, norm, seed=seed)
     about = dict(command=f'agft audit {checkpoint} --preset {preset} --eps {eps} --norm {norm} --n {n} --seed {seed}', task=task.name, n=n,
                  version=__version__, machine=machine(dev), seconds=round(time.time() - began, 1))
     write_json(out/'audit.json', dict(verdicts={v.name: dict(ok=v.ok, finding=v.finding) for v in verdicts}, about=about))
-    page = html_report(f'agft audit: {Path(checkpoint).name}', audit_markdown(verdicts), about, {'What the checks saw.': audit_figure(verdicts)})
-    (out/'audit.html').write_text(page, encoding='utf-8')
+    table, seen = audit_markdown(verdicts), {'What the checks saw.': audit_figure(verdicts)}
+    (out/'audit.html').write_text(html_report(f'agft audit: {Path(checkpoint).name}', table, about, seen), encoding='utf-8')
     bad = [v.name for v in verdicts if not v.ok]
-    print(f'{audit_markdown(verdicts)}\n\n' + (f'do not believe this number: {", ".join(bad)}' if bad else 'every check passed'))
+    print(f'{table}\n\n' + (f'do not believe this number: {", ".join(bad)}' if bad else 'every check passed'))
     return verdicts
 
 # %% ../nbs/15_cli.ipynb #9fcd6027

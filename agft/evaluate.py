@@ -111,9 +111,10 @@ def evaluate_threats(
     "Evaluate threat after threat, small balls first."
     found, keys = {}, [t.label for t in threats]
     check(keys and len({*keys}) == len(keys), f'threats are {", ".join(keys) or "none"}; allowed: one or more, each once')
+    smaller = {}                                      # of each name and norm, the flags of the largest ball so far
     for t in sorted(threats, key=lambda t: t.eps):
-        smaller = [found[s.label] for s in sorted(threats, key=lambda s: s.eps) if (s.name, s.norm) == (t.name, t.norm) and s.label in found]
-        found[t.label] = evaluate_tasks(model, tasks, Path(folder)/t.key, t, seed, t.label, smaller[-1] if smaller else None)
+        found[t.label] = evaluate_tasks(model, tasks, Path(folder)/t.key, t, seed, t.label, smaller.get((t.name, t.norm)))
+        smaller[t.name, t.norm] = found[t.label]
     rows = {k: found[k] for k in keys}
     for budget in dict.fromkeys(t.label.removeprefix(t.name) for t in threats):
         same = [found[t.label] for t in threats if t.label.removeprefix(t.name) == budget]

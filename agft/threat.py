@@ -57,7 +57,7 @@ def family(
             attack.set_mode_targeted_by_function(lambda images, labels: pair[:, 1])
         return attack(x, y)
 
-# %% ../nbs/06_threat.ipynb #6f476c90
+# %% ../nbs/06_threat.ipynb #d05fe922
 def autoattack(
     logits_fn:Callable, x:Tensor, y:Tensor, eps:float, norm:str, generator:torch.Generator, # as `Threat` calls it
 )->Tensor:
@@ -68,7 +68,7 @@ def autoattack(
         official.verbose = False
         official.apgd_targeted.n_target_classes = official.fab.n_target_classes = min(9, classes - 1)
         if classes < 4: official.attacks_to_run = ['apgd-ce', 'fab-t', 'square']
-        x_adv, _ = official.run_standard_evaluation(x, y, batch_size=len(x))
+        x_adv, _ = official.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))  # it cannot view channels-last pixels
     if classes >= 4: return x_adv
     left = ~broken(logits_fn, x_adv, y)
     if left.any(): x_adv[left] = apgd_targeted(logits_fn, x[left], y[left], eps, start=generator, norm=norm)
@@ -81,7 +81,7 @@ def square(
     "Square: random search that sees only logits (Andriushchenko et al., 2020)."
     with global_seed(generator) as seed:
         return SquareAttack(Classifier(logits_fn, x.device), norm=norm, eps=eps, n_queries=queries, seed=seed, device=x.device,
-                            resc_schedule=False).perturb(x, y)
+                            resc_schedule=False).perturb(x.contiguous(), y)
 
 # %% ../nbs/06_threat.ipynb #8ee0f0f3
 def neighbours(
@@ -114,7 +114,7 @@ def pi_fgsm(
         x_adv = NORMS[norm].project(x_adv + move + pass_on, x, eps)
     return x_adv
 
-# %% ../nbs/06_threat.ipynb #cf47bb90
+# %% ../nbs/06_threat.ipynb #7dafa395
 @dataclass(frozen=True)
 class Attack:
     "What the name of a threat stands for."
@@ -144,8 +144,8 @@ def fgsm_family()->dict[str, Attack]:
         how = {'': '', '-random': ', towards a random class', '-least': ', towards the least likely class'}[suffix]
         for name, (kind, steps) in FGSM_FAMILY.items():
             settings = (lambda eps: {}) if steps == 1 else (lambda eps, steps=steps: dict(alpha=eps/4, steps=steps))
-            known[name + suffix] = Attack(partial(family, kind, mode, settings), steps, ('one step of ε' if steps == 1 else 'steps of ε/4')
-                                          + how, THEIRS, ('Linf',))
+            pace = 'one step of ε' if steps == 1 else 'steps of ε/4'
+            known[name + suffix] = Attack(partial(family, kind, mode, settings), steps, pace + how, THEIRS, ('Linf',))
         for name, plus in (('pifgsm', False), ('pifgsm++', True)):
             known[name + suffix] = Attack(partial(pi_fgsm, plus, mode), 10, f'steps of ε, patch-wise{how}', OURS, ('Linf',))
     return known
@@ -162,7 +162,7 @@ THREATS = {
     'square': Attack(square, 5000, 'queries of random search, no gradient', OFFICIAL),
     **fgsm_family()}
 
-# %% ../nbs/06_threat.ipynb #ae2f99d5
+# %% ../nbs/06_threat.ipynb #85f7f7db
 def radius(
     eps:float,  # pixel units
     norm:str,   # key of `NORMS`
@@ -179,9 +179,10 @@ class Threat:
     attack:Attack
 
     @property
-    def label(self)->str: return ' '.join([self.name, *[NORMS[self.norm].label]*(self.norm != 'Linf'), radius(self.eps, self.norm)])  # 'pgd20 4/255'
+    def label(self)->str: # 'pgd20 4/255', 'pgd20 L2 0.5'
+        return ' '.join([self.name, *[NORMS[self.norm].label]*(self.norm != 'Linf'), radius(self.eps, self.norm)])
     @property
-    def key(self)->str: return self.label.replace(' ', '-').replace('/', '_')                                       # fit for a file name
+    def key(self)->str: return self.label.replace(' ', '-').replace('/', '_')    # fit for a file name
 
     def describe(self,
         resolutions:Sequence[int],  # pixels, of the tasks

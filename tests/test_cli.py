@@ -63,6 +63,31 @@ def test_killed_training_resumes_to_the_same_bits(tmp_path):
     assert checkpoint_info(tmp_path/'killed'/'model.safetensors')['teacher'] == fingerprint(load_clip('agft-tiny'))
 
 
+def test_killed_evaluation_writes_the_same_files(tmp_path):
+    args = ['eval', 'agft-tiny', '--threats', 'pgd20,fgsm', '--eps', '1/255,2/255', '--n', '40']
+    assert agft(*args, '--out', tmp_path/'whole').returncode == 0
+    p = subprocess.Popen([sys.executable, '-m', 'agft', *args, '--out', str(tmp_path/'killed')], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 300
+    while not [*tmp_path.glob('killed/flags/*/*.npz')] and p.poll() is None and time.time() < deadline: time.sleep(.02)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert not (tmp_path/'killed'/'results.json').exists(), 'finished before it was killed'
+    assert agft(*args, '--out', tmp_path/'killed').returncode == 0
+    files = {n: {f.relative_to(tmp_path/n): f.read_bytes() for f in (tmp_path/n/'flags').rglob('*.npz')} for n in ('whole', 'killed')}
+    assert files['whole'] == files['killed'] and len(files['whole']) == 4*10
+    results = json.loads((tmp_path/'whole'/'results.json').read_text())
+    assert list(results) == ['pgd20 1/255', 'pgd20 2/255', 'fgsm 1/255', 'fgsm 2/255', 'worst case 1/255', 'worst case 2/255', 'about']
+    for task, e in results['worst case 2/255'].items(): assert e['robust'] <= min(results[f'{t} 2/255'][task]['robust'] for t in ('pgd20', 'fgsm'))
+
+
+def test_audit_writes_its_verdicts_and_a_page(tmp_path, capsys):
+    assert main(['audit', 'agft-tiny', '--n', '6', '--out', str(tmp_path/'a')]) == 0
+    found = json.loads((tmp_path/'a'/'audit.json').read_text())
+    assert {'zero gradients', 'black box', 'restarts'} <= set(found['verdicts']) and found['verdicts']['zero gradients']['ok']
+    page = (tmp_path/'a'/'audit.html').read_text()
+    assert page.count('data:image/png') == 1 and all(name in page for name in found['verdicts'])
+    assert 'zero gradients' in capsys.readouterr().out
+
+
 def test_works_elsewhere_with_no_home_and_no_network(tmp_path):
     home = tmp_path/'no'/'home'          # does not exist, and a file stands where it would be made
     (tmp_path/'no').write_text('')
