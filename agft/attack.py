@@ -62,7 +62,7 @@ def check_logits(
     bad = ~logits.isfinite().all(1)
     if bad.any(): # the message costs a copy from the device
         first = bad.nonzero()[0, 0].item() if row is None else row[bad][0].item()
-        check(False, f'logits of image {first} are not finite ({int(bad.sum())} of {len(bad)} in the batch are not); allowed: finite numbers')
+        check(False, f'logits of image {first} are not finite ({int(bad.sum())} of {len(bad)} in the batch); allowed: finite numbers')
 
 # %% ../nbs/05_attack.ipynb #d32dfa66
 class Linf:

@@ -162,7 +162,7 @@ THREATS = {
     'square': Attack(square, 5000, 'queries of random search, no gradient', OFFICIAL),
     **fgsm_family()}
 
-# %% ../nbs/06_threat.ipynb #85f7f7db
+# %% ../nbs/06_threat.ipynb #2ad56602
 def radius(
     eps:float,  # pixel units
     norm:str,   # key of `NORMS`
@@ -189,8 +189,8 @@ class Threat:
     )->str:
         "All that must stand beside a number."
         at = '/'.join(map(str, sorted(set(resolutions))))
-        return (f'{self.name}, {NORMS[self.norm].label}, ε = {radius(self.eps, self.norm)} at {at} px, {self.attack.steps} steps: {self.attack.how} '
-                f'({self.attack.version}); robust = right clean and under attack')
+        return (f'{self.name}, {NORMS[self.norm].label}, ε = {radius(self.eps, self.norm)} at {at} px, {self.attack.steps} steps: '
+                f'{self.attack.how} ({self.attack.version}); robust = right clean and under attack')
 
     def __call__(self,
         logits_fn:Callable,          # pixels (B,3,H,W) in [0,1] -> logits (B,C)
