@@ -7,6 +7,7 @@ from agft.clip import SMALL, load_clip
 from agft.core import asset, load_preset, read_json
 from agft.data import load_task
 from agft.evaluate import evaluate
+from agft.threat import threat
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +27,7 @@ def test_tiny_is_a_zero_shot_model_that_attacks_break():
         task = load_task(name, 480)
         head = model.head(task.classes, task.templates)
         with torch.no_grad(): clean[name] = torch.cat([model.logits(x/255, head).argmax(1) for x in task.images.split(160)]).eq(task.labels).double().mean()
-    for name in (preset['source'], *preset['zero_shot']): robust[name] = evaluate(model, load_task(name, 60), eps, eps/4, 20)['robust'].mean()
+    for name in (preset['source'], *preset['zero_shot']): robust[name] = evaluate(model, load_task(name, 60), threat('pgd20', eps))['robust'].mean()
     drawn = [n for n in preset['zero_shot'] if n != 'handwritten']
     assert clean['source'] >= .85 and sum(clean[n] for n in drawn)/len(drawn) >= .85, clean
     assert robust['source'] < .15 and sum(robust[n] for n in preset['zero_shot'])/len(preset['zero_shot']) < .15, robust
