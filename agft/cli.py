@@ -13,7 +13,7 @@ from textwrap import fill
 import torch
 from . import __version__
 from .align import METHODS
-from .attack import check_budget, pixels
+from .attack import pixels
 from .audit import audit, audit_figure, audit_markdown
 from .clip import ZeroShotCLIP, fingerprint, load_clip
 from .core import AgftError, check, claim, load_preset, pick_device, seeded, write_json
@@ -148,7 +148,7 @@ def evaluate_checkpoint(
 )->dict:                    # threat -> task -> numbers, as in results.json
     "One model on the tasks of a preset, under every threat at every radius."
     began, cfg, dev = time.time(), load_preset(preset), pick_device(device)
-    radii = [pixels(e, 1. if norm == 'Linf' else 1e4) for e in (eps.split(',') if eps else cfg['eval']['eps'])]
+    radii = [pixels(e, norm) for e in (eps.split(',') if eps else cfg['eval']['eps'])]
     found = {t.label: t for name in (threats or cfg['eval']['threat']).split(',') for e in radii for t in [threat(name, e, norm)]}
     check(n is None or n > 0, f'n is {n}; allowed: 1 or more')
     model = load_clip(checkpoint).to(dev)
@@ -167,7 +167,7 @@ def evaluate_checkpoint(
     print(f'{results["about"]["threat"]}\n{markdown_table(results, columns)}')
     return results
 
-# %% ../nbs/15_cli.ipynb #f8ba63e1
+# %% ../nbs/15_cli.ipynb #32191206
 def audit_checkpoint(
     checkpoint:str,         # a .safetensors checkpoint, or the name of a small model
     out:str,                # folder for audit.json and audit.html
@@ -181,10 +181,9 @@ def audit_checkpoint(
     "Audit PGD-20 against one model on the source task of a preset."
     began, cfg, dev = time.time(), load_preset(preset), pick_device(device)
     eps = eps or cfg['eval']['eps'][0]
-    radius = pixels(eps, 1. if norm == 'Linf' else 1e4)
+    radius = pixels(eps, norm)
     check(n > 0, f'n is {n}; allowed: 1 or more')
     check(radius > 0, f'eps is {eps}; allowed: above 0')
-    check_budget(radius, 0, norm)
     model = load_clip(checkpoint).to(dev)
     out = claim(out, dict(command='audit', checkpoint=str(checkpoint), model=fingerprint(model), preset=preset, eps=eps, norm=norm, n=n,
                           seed=seed))

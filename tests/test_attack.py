@@ -2,7 +2,7 @@
 from functools import partial
 import torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from agft.attack import NORMS, apgd, broken, cross_entropy, cw, pgd, worst_case
+from agft.attack import NORMS, apgd, broken, cross_entropy, cw, input_gradient, pgd, worst_case
 from agft.core import seeded
 
 
@@ -25,6 +25,8 @@ def test_the_gradient_has_the_direction_of_the_cross_entropy(seed, scale, soft):
     t = torch.randn(4, 6, generator=seeded(seed, 't'), dtype=torch.float64).softmax(1) if soft else torch.arange(4)
     plain, = torch.autograd.grad(F.cross_entropy(z, t, reduction='sum'), z)
     ours = cross_entropy(z.detach(), t)[1]
+    _, scaled, _ = input_gradient(lambda x: x.flatten(1), z[..., None, None], t)     # the pixels are the logits
+    torch.testing.assert_close(scaled.abs().amax((1, 2, 3)), torch.ones(4, dtype=torch.float64))
     big = plain.norm(dim=1) > 1e-6          # below that, the plain gradient is rounding noise
     torch.testing.assert_close(F.normalize(plain[big]), F.normalize(ours[big]), atol=1e-6, rtol=0)
 
