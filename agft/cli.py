@@ -13,7 +13,7 @@ from textwrap import fill
 import torch
 from . import __version__
 from .align import METHODS
-from .attack import pixels
+from .attack import broken, pixels
 from .audit import audit, audit_figure, audit_markdown
 from .clip import ZeroShotCLIP, fingerprint, load_clip
 from .core import AgftError, check, claim, load_preset, pick_device, seeded, write_json
@@ -113,12 +113,13 @@ def examples(
     threat:Threat,
     n:int=8,            # pictures
 )->Figure:
-    "The first pictures of a task, what the attack adds to them, and what the model makes of both."
+    "The first pictures of a task that the model gets right, what the attack adds to them, and what the model makes of both."
     head, dev = model.head(task.classes, task.templates), model.mean.device
-    x = task.images[:n].to(dev) / 255
-    x_adv = threat(lambda x: model.logits(x, head), x, task.labels[:n].to(dev), seeded(0, 'examples'))
-    with torch.no_grad(): named = [[fill(task.classes[i], 11) for i in model.logits(v, head).argmax(1)] for v in (x, x_adv)]
-    return show_attack(x, x_adv, *named)
+    logits_fn, x, y = lambda x: model.logits(x, head), task.images.to(dev) / 255, task.labels.to(dev)
+    at = broken(logits_fn, x, y).int().argsort(stable=True)[:n]     # right ones first: an attack has nothing to do on the others
+    x_adv = threat(logits_fn, x[at], y[at], seeded(0, 'examples'))
+    with torch.no_grad(): named = [[fill(task.classes[i], 11) for i in logits_fn(v).argmax(1)] for v in (x[at], x_adv)]
+    return show_attack(x[at], x_adv, *named)
 
 # %% ../nbs/15_cli.ipynb #3d12ad7d
 def train(
