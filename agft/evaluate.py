@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'MEAN', 'evaluate_batch', 'evaluate', 'write_flags', 'read_flags', 'evaluate_tasks', 'evaluate_threats',
-           'together', 'bootstrap_ci', 'summarise']
+           'together', 'resampled', 'bootstrap_ci', 'paired', 'summarise']
 
 # %% ../nbs/11_evaluate.ipynb #6159d5da
 import os, shutil, zipfile, zlib
@@ -129,15 +129,32 @@ def together(
     return {**flags[0], 'robust': np.all([f['robust'] for f in flags], 0), 'blind': np.any([f['blind'] for f in flags], 0)}
 
 # %% ../nbs/11_evaluate.ipynb #1d860824
-def bootstrap_ci(
-    flags:Sequence[np.ndarray],  # one array (N,) a task: right or wrong, or a share of seeds; tasks may differ in N
+def resampled(
+    flags:Sequence[np.ndarray],  # one array (N,) a task: right or wrong, a share of seeds, or a difference; tasks may differ in N
     resamples:int=2000,
     seed:int=0,
-)->list[float]:                  # [low, high] of the mean over tasks, in [0,1]
-    "95 % percentile bootstrap over pictures, each task resampled on its own (Efron, 1979)."
+)->np.ndarray:                   # (resamples,) means over tasks
+    "Bootstrap over pictures, each task resampled on its own (Efron, 1979)."
     rng = np.random.default_rng(seed)
-    means = [[f[rng.integers(0, len(f), len(f))].mean() for _ in range(resamples)] for f in map(np.asarray, flags)]
-    return [float(q) for q in np.quantile(np.mean(means, 0), [.025, .975])]
+    return np.mean([[f[rng.integers(0, len(f), len(f))].mean() for _ in range(resamples)] for f in map(np.asarray, flags)], 0)
+
+def bootstrap_ci(
+    flags:Sequence[np.ndarray], resamples:int=2000, seed:int=0,  # as `resampled` takes them
+)->list[float]:                  # [low, high] of the mean over tasks
+    "95 % percentile interval."
+    return [float(q) for q in np.quantile(resampled(flags, resamples, seed), [.025, .975])]
+
+def paired(
+    a:Sequence[dict], b:Sequence[dict],  # two methods: for each seed, task -> flags, the first task the source
+    kind:str='robust',                   # clean or robust
+)->dict[str, float|list[float]]:         # difference a - b in the zero-shot mean, its ci, and a two-sided p
+    "A difference on the same pictures, of means over seeds: what both get right or wrong cancels."
+    names = list(a[0])[1:]
+    gain = [np.mean([r[t][kind] for r in a], 0) - np.mean([r[t][kind] for r in b], 0) for t in names]
+    means = resampled(gain)
+    tail = min((means <= 0).mean(), (means >= 0).mean())
+    return dict(difference=float(np.mean([g.mean() for g in gain])), ci=[float(q) for q in np.quantile(means, [.025, .975])],
+                p=float(min(1, 2*max(tail, 1/len(means)))))
 
 def summarise(
     runs:Sequence[dict[str, dict]],  # one dict of task -> flags for each seed

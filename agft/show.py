@@ -13,14 +13,15 @@ from .core import check
 
 # %% ../nbs/01_show.ipynb #3085d3aa
 PALETTE = {'CLIP':'#8c8c8c', 'TeCoA':'#e69f00', 'AGFT':'#0072b2',
-           'PMG-AFT':'#009e73', 'TGA-ZSR':'#cc79a7', 'FARE':'#d55e00', 'chance':'#222222'}
+           'PMG-AFT':'#009e73', 'TGA-ZSR':'#cc79a7', 'FARE':'#d55e00', 'chance':'#222222',
+           'Soft':'#56b4e9', 'TRADES-AGFT':'#003a66', 'PMG-AFT-mean':'#7fc8a9', 'Clean':'#b3a125'}
 
 # %% ../nbs/01_show.ipynb #fca50cb8
 def style():
     "Set matplotlib's defaults to the look of this book."
     mpl.rcParams.update({'figure.dpi':85, 'font.size':8, 'axes.titlesize':8, 'axes.spines.top':False, 'axes.spines.right':False,
         'axes.grid':True, 'axes.grid.axis':'y', 'grid.alpha':.3, 'axes.axisbelow':True, 'legend.frameon':False, 'lines.linewidth':1.6,
-        'image.interpolation':'nearest', 'image.cmap':'gray', 'axes.prop_cycle':mpl.cycler(color=list(PALETTE.values())[:-1])})
+        'image.interpolation':'nearest', 'image.cmap':'gray', 'axes.prop_cycle':mpl.cycler(color=list(PALETTE.values())[:6])})
 
 # %% ../nbs/01_show.ipynb #b2c24500
 class Figure(mpl.figure.Figure):

@@ -10,14 +10,15 @@ def pytest_report_header(config):
 @pytest.fixture
 def small_preset(monkeypatch):
     "The tiny preset cut down to seconds, wherever it is loaded."
-    from agft import cli
+    from agft import bench, cli
     from agft.core import load_preset
     def cut(name):
         p = load_preset(name)
         p['train'].update(images=96, steps=4, batch_size=32, warmup=.25, every=2)
         p['eval'].update(images=24, threat='fgsm')
-        p['tune'].update(images=24, lr=p['tune']['lr'][:2])
+        p['tune'].update(images=24)
         p['zero_shot'] = p['zero_shot'][:2]
+        p['methods'] = {m: p['methods'][m] for m in p['demo']}
         return p
-    monkeypatch.setattr(cli, 'load_preset', cut)
+    for module in (bench, cli): monkeypatch.setattr(module, 'load_preset', cut)
     return cut
