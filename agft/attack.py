@@ -15,7 +15,7 @@ from functools import partial, wraps
 from types import SimpleNamespace
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .core import check
+from .core import NotFinite, check
 
 # %% ../nbs/05_attack.ipynb #5b35c404
 def cross_entropy(
@@ -58,11 +58,11 @@ def check_logits(
     logits:Tensor,         # (B,C)
     row:Tensor|None=None,  # (B,) the images' numbers; None counts from 0
 ):
-    "Raise `AgftError` if any logit is NaN or infinite, with the number of the first such image."
+    "Raise `NotFinite` if any logit is NaN or infinite, with the number of the first such image."
     bad = ~logits.isfinite().all(1)
     if bad.any(): # the message costs a copy from the device
         first = bad.nonzero()[0, 0].item() if row is None else row[bad][0].item()
-        check(False, f'logits of image {first} are not finite ({int(bad.sum())} of {len(bad)} in the batch); allowed: finite numbers')
+        raise NotFinite(f'logits of image {first} are not finite ({int(bad.sum())} of {len(bad)} in the batch); allowed: finite numbers')
 
 # %% ../nbs/05_attack.ipynb #8e2d76ce
 class Linf:

@@ -17,13 +17,13 @@ from . import __version__
 from .attack import pgd, pixels
 from .calibration import fit_scale, measures, reliability, shrinkage
 from .clip import fingerprint, interpolate, load_clip, save_clip
-from .core import check, claim, load_preset, pick_device, read_json, seeded, write_json
+from .core import NotFinite, check, claim, load_preset, pick_device, read_json, seeded, write_json
 from .data import Task, load_task
 from .evaluate import MEAN, evaluate_tasks, evaluate_threats, paired, summarise
 from .methods import Models, method
 from .report import hypervolume, html_report, machine, method_table, pareto, rows_table, task_bars
 from .threat import Threat, threat
-from .train import Diverged, adversarial_loss, finetune, read_log, settings_of
+from .train import adversarial_loss, finetune, read_log, settings_of
 
 # %% ../nbs/15_bench.ipynb #dd14149d
 def neighbours(
@@ -75,11 +75,11 @@ def tuned(
     for name, settings in cfg['methods'].items():
         scores = {}
         def score(lr):
-            try: student = finetune(cfg, name, run_folder(out, name, lr, 0), 0, lr, device=device)
-            except Diverged as e: scores[lr] = dict(clean=0., robust=0., diverged=str(e))
-            else:
+            try:
+                student = finetune(cfg, name, run_folder(out, name, lr, 0), 0, lr, device=device)
                 flags = evaluate_tasks(student.to(pick_device(device)), [val], out/'val'/f'{name}-{lr}', t)[val.name]
                 scores[lr] = {k: float(flags[k].mean()) for k in ('clean', 'robust')}
+            except NotFinite as e: scores[lr] = dict(clean=0., robust=0., diverged=str(e))
             print(f'{name} lr {lr}: clean {100*scores[lr]["clean"]:.1f}, robust {100*scores[lr]["robust"]:.1f}', flush=True)
             return scores[lr]['clean'] + scores[lr]['robust']
         best, tried = climb(score, settings['lr'])
@@ -174,7 +174,7 @@ def embedding_of(
     for name, source in sources.items():
         model = load_clip(source).to(device)
         z = torch.cat([similarities(model, task, head, e)[1] for e in (0, eps)])
-        flat = TSNE(metric='cosine', init='pca', random_state=0).fit_transform(z.numpy()).round(1).tolist()
+        flat = TSNE(metric='cosine', init='pca', random_state=0, perplexity=min(30, len(task)/2)).fit_transform(z.numpy()).round(1).tolist()
         found[name] = dict(clean=flat[:len(task)], adversarial=flat[len(task):], labels=task.labels.tolist())
     return found
 

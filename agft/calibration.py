@@ -106,12 +106,12 @@ def reliability(
 def reliability_diagram(
     panels:dict[str, dict[str, list[dict]]], # title -> name of a curve -> what `reliability` gives
 )->Figure:
-    "One panel a title; the diagonal is honesty, and a point's area is its share of the pictures."
+    "One panel a title; the diagonal is honesty, a point's area is its share of the pictures, and bins with fewer than 2 % are left out."
     fig, axs = figure(1, len(panels), size=(2.4*len(panels), 2.6), sharey=True, squeeze=False)
     for ax, (title, curves) in zip(axs[0], panels.items()):
         ax.plot([0, 1], [0, 1], color=PALETTE['chance'], ls='--', lw=1)
         for i, (name, rows) in enumerate(curves.items()):
-            x, y, n = (np.array([r[k] for r in rows]) for k in ('confidence', 'accuracy', 'n'))
+            x, y, n = (np.array([r[k] for r in rows if r['n'] >= .02*sum(r['n'] for r in rows)]) for k in ('confidence', 'accuracy', 'n'))
             color = PALETTE.get(name, f'C{i}')
             ax.plot(x, y, color=color, label=name)
             ax.scatter(x, y, s=4 + 120*n/n.sum(), color=color, alpha=.8, lw=0)

@@ -24,7 +24,7 @@ from .pretrain import pretrain
 from .report import html_report, machine, markdown_table, pareto, task_bars
 from .show import Figure, show_attack
 from .threat import THREATS, Threat, threat
-from .train import finetune
+from .train import PARTS, finetune
 
 # %% ../nbs/16_cli.ipynb #7398e391
 def fine_tuned(
@@ -107,10 +107,13 @@ def train(
     seed:int=0,
     lr:float|None=None,     # None is the preset's own for the method
     steps:int|None=None,    # None is the preset's own
+    part:str='encoder',     # key of `PARTS`: what learns
     device:str='auto',
 )->Path:                    # the checkpoint
     "One fine-tuning run."
-    finetune(load_preset(preset), method, out, seed, lr, steps, device)
+    cfg = load_preset(preset)
+    if part != 'encoder': cfg['train']['part'] = part
+    finetune(cfg, method, out, seed, lr, steps, device)
     print(Path(out)/'model.safetensors')
     return Path(out)/'model.safetensors'
 
@@ -197,6 +200,7 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('--method', required=True, help=', '.join(METHODS))
     c.add_argument('--seed', type=int, default=0)
     c.add_argument('--lr', type=float, help="peak learning rate (default: the preset's)")
+    c.add_argument('--part', default='encoder', help=f'what learns: {", ".join(PARTS)} (default: encoder)')
     c.add_argument('--steps', type=int, help="optimizer steps (default: the preset's)")
     c = command('eval', evaluate_checkpoint, 'zero-shot accuracy of one model, clean and under attack')
     c.add_argument('checkpoint', help='a .safetensors checkpoint, agft-tiny or agft-photo')

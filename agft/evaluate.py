@@ -56,7 +56,7 @@ def evaluate(
         part = parts and parts/f'{i:05}.npz'
         if part and part.exists(): done.append(read_flags(part)); continue
         try: done.append(evaluate_batch(model, task, threat, head, at, seeded(seed, task.name, threat.name, i), among[at]))
-        except AgftError as e: raise AgftError(f'{task.name}, batch {i}: {e}') from e
+        except AgftError as e: raise type(e)(f'{task.name}, batch {i}: {e}') from e
         if part: write_flags(part, done[-1])
     whole = {k: np.concatenate([d[k] for d in done]) for k in done[0]}
     return dict(**whole, label=task.labels.numpy(), chance=np.array(1/len(task.classes)))

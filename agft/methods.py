@@ -7,7 +7,6 @@ __all__ = ['METHODS', 'Models', 'Batch', 'by_batch', 'TeCoA', 'right', 'Clean', 
            'attention_map', 'TGAZSR', 'squared_norm', 'FARE', 'method']
 
 # %% ../nbs/08_methods.ipynb #075841db
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -148,9 +147,10 @@ def attention_map(
     visual = model.model.visual
     tokens, = visual.forward_intermediates(model.normalise(x), 1, normalize_intermediates=True, output_fmt='NLC',
                                            intermediates_only=True)['image_intermediates']            # (B,patches,width)
-    side, a = math.isqrt(tokens.shape[1]), torch.einsum('bnd,bd->bn', F.normalize((tokens @ visual.proj).float(), dim=-1), text)
+    h, w = visual.grid_size
+    a = torch.einsum('bnd,bd->bn', F.normalize((tokens[:, :h*w] @ visual.proj).float(), dim=-1), text)
     low, high = a.amin(1, keepdim=True), a.amax(1, keepdim=True)
-    return F.interpolate(((a - low)/(high - low)).view(-1, 1, side, side), model.size, mode='bilinear').flatten(1)
+    return F.interpolate(((a - low)/(high - low)).view(-1, 1, h, w), model.size, mode='bilinear').flatten(1)
 
 @dataclass(frozen=True)
 class TGAZSR(TeCoA):

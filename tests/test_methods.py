@@ -5,11 +5,11 @@ import open_clip, pytest, torch, torch.nn.functional as F
 
 from agft.align import soft_targets
 from agft.attack import pgd
-from agft.clip import ZeroShotCLIP, fingerprint
+from agft.clip import ZeroShotCLIP, fingerprint, interpolate, load_clip, new_clip, save_clip
 from agft.core import AgftError, seeded
 from agft.data import Task
 from agft.methods import METHODS, Batch, Models, attention_map, method
-from agft.train import adversarial_loss
+from agft.train import PARTS, adversarial_loss, merged
 
 B, C, D, HW, S = 6, 5, 7, 4, 20.
 VIT, RESNET = dict(patch_size=8, width=32, layers=2), dict(layers=[1, 1, 1, 1], width=8)
@@ -159,10 +159,68 @@ def test_what_is_out_of_range_is_refused(name, kw, words):
 
 
 def test_tga_refuses_an_encoder_without_patches():
-    from agft.clip import load_clip
     with pytest.raises(AgftError, match='vision transformer.*agft-tiny'): method('TGA-ZSR').fits(load_clip('agft-tiny'))
 
 
 def test_soft_targets_at_the_papers_setting_are_those_of_the_formula(case):
     cos = case.models.teacher.cosines(case.x, case.models.head)
     torch.testing.assert_close(soft_targets(cos, 180., .4), (72*cos).softmax(1))
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_every_part_learns_saves_and_loads(part, tmp_path, monkeypatch):
+    "What is tuned moves, nothing else does, and the checkpoint gives the same logits."
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, 'agft-test-vit', dict(
+        embed_dim=16, vision_cfg=dict(image_size=32, head_width=16, **VIT), text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1)))
+    torch.manual_seed(0)
+    student = new_clip('agft-test-vit')
+    before = {k: v.clone() for k, v in student.model.state_dict().items()}
+    x, head = torch.rand(4, 3, 32, 32, generator=seeded('x')), F.normalize(torch.randn(3, 16, generator=seeded('head')), dim=1)
+    plain = student.cosines(x, head)
+    PARTS[part](student)
+    free = [p for p in student.parameters() if p.requires_grad]
+    assert free and sum(p.numel() for p in free) < sum(p.numel() for p in student.parameters())
+    if part != 'token-prompt': torch.testing.assert_close(student.cosines(x, head), plain)       # the others start from the encoder as it was
+    opt = torch.optim.SGD(free, lr=1.)
+    for _ in range(2): opt.zero_grad(); student.cosines(x, head)[:, 0].sum().backward(); opt.step()
+    moved = student.cosines(x, head).detach()
+    assert (moved - plain).abs().max() > 1e-4
+    save_clip(merged(student), tmp_path/'m.safetensors')
+    again = load_clip(tmp_path/'m.safetensors')
+    torch.testing.assert_close(again.cosines(x, head), moved, rtol=1e-4, atol=1e-5)
+    state = again.model.state_dict()
+    if part in ('encoder', 'lora'):
+        assert set(state) == set(before) and not again.prompts
+        assert {k for k in state if not torch.equal(state[k], before[k])} <= {k for k in state if k.startswith('visual.')}
+        other = open_clip.create_model('agft-test-vit', pretrained=str(tmp_path/'m.safetensors')).eval()
+        torch.testing.assert_close(F.normalize(other.encode_image((x - again.mean)/again.std), dim=1) @ head.T, moved, rtol=1e-4, atol=1e-5)
+    else: assert all(torch.equal(state[k], before[k]) for k in before)
+    if part == 'pixel-prompt':
+        prompt = again.prompts['pixels'][0]
+        assert prompt[:, 4:-4, 4:-4].abs().max() == 0 and prompt[:, :4].abs().max() > 0
+
+
+def test_low_rank_changes_have_low_rank():
+    student = load_clip('agft-tiny')
+    before = {k: v.clone() for k, v in student.model.visual.state_dict().items()}
+    PARTS['lora'](student)
+    for n, p in student.named_parameters():
+        if 'lora_B' in n: p.data.normal_(generator=seeded(n))
+    for k, v in merged(student).model.visual.state_dict().items():
+        moved = not torch.equal(v, before[k])
+        assert moved == (k.endswith('weight') and v.ndim == 4), k                  # every convolution, and nothing else
+        if moved: assert torch.linalg.matrix_rank((v - before[k]).flatten(1).double(), rtol=1e-3) <= 8
+
+
+def test_a_token_prompt_needs_a_transformer():
+    with pytest.raises(AgftError, match='vision transformer.*agft-tiny'): PARTS['token-prompt'](load_clip('agft-tiny'))
+
+
+def test_weights_between_two_models(tmp_path):
+    a, b = load_clip('agft-tiny'), load_clip('agft-tiny')
+    for p in b.model.visual.parameters(): p.data += .01
+    assert fingerprint(interpolate(a, b, 0.)) == fingerprint(a) and fingerprint(interpolate(a, b, 1.)) == fingerprint(b)
+    half = interpolate(a, b, .5)
+    torch.testing.assert_close(half.model.visual.conv1.weight, a.model.visual.conv1.weight + .005)
+    assert fingerprint(a) == fingerprint(load_clip('agft-tiny'))
+    with pytest.raises(AgftError, match='1.5'): interpolate(a, b, 1.5)
