@@ -99,13 +99,15 @@ def pareto(
 )->Figure:
     "Clean against robust accuracy with 95 % intervals both ways."
     fig, ax = figure(size=(3.4, 2.8))
+    crowded = len(methods_of(results)) > 4                        # names beside the points, or in a legend
     for m in methods_of(results):
         e = results[m][task]
         x, y = 100*e['clean'], 100*e['robust']
         (left, right), (low, high) = ([100*c for c in e['ci'][k]] for k in ('clean', 'robust'))
         color = PALETTE.get(m, '0.3')
-        ax.errorbar(x, y, [[y - low], [high - y]], [[x - left], [right - x]], fmt='o', color=color, capsize=2)
-        ax.annotate(m, (x, y), (5, 5), textcoords='offset points', color=color)
+        ax.errorbar(x, y, [[y - low], [high - y]], [[x - left], [right - x]], fmt='o', color=color, capsize=2, label=m)
+        if not crowded: ax.annotate(m, (x, y), (5, 5), textcoords='offset points', color=color)
+    if crowded: ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
     ax.set(xlabel='clean accuracy (%)', ylabel='robust accuracy (%)', title=task)
     return fig
 
