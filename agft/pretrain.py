@@ -16,9 +16,10 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from .clip import ZeroShotCLIP, new_clip, save_clip
 from open_clip.tokenizer import SimpleTokenizer, get_pairs
-from .core import asset, check, claim, load_preset, pick_device, read_json, seeded
+from .core import asset, check, claim, load_preset, pick_device, read_json, seeded, write_json
 from .data import Task, batch_indices, load_task, packs_dir
-from .train import fit
+from .report import machine
+from .train import fit, read_log
 from .world import FIELDS, caption, draw, sample
 
 # %% ../nbs/14_pretrain.ipynb #cb1d35c0
@@ -258,15 +259,17 @@ def crops(
 
 def augment(
     x:Tensor,           # (B,3,64,64) uint8
+    size:int,           # pixels a side that come out, at most 64
     g:torch.Generator,
-)->Tensor:              # (B,3,64,64) in [0,1]
-    "Windows of 40 to 64 pixels (one size a quarter of the batch), 30 % coarse pictures, light and contrast ±20 %."
-    sizes = torch.randint(40, 65, (4, 2), generator=g).tolist()
+)->Tensor:              # (B,3,size,size) in [0,1]
+    "Windows of 36 to 64 pixels (one size a quarter of the batch), 30 % coarse pictures, light and contrast ±20 %."
+    sizes = torch.randint(36, 65, (4, 2), generator=g).tolist()
     x = torch.cat([crops(q, h, w, g) for q, (h, w) in zip(x.chunk(4), sizes)])
     coarse = torch.randperm(len(x), generator=g)[:int(.3*len(x))]
     x[coarse] = F.interpolate(F.interpolate(x[coarse], size=32, mode='area'), size=64, mode='bilinear', align_corners=False)
     light, contrast = .4*torch.rand(2, len(x), 1, 1, 1, generator=g) - .2
-    return ((x - .5)*(1 + contrast) + .5 + light).clamp_(0, 1)
+    x = ((x - .5)*(1 + contrast) + .5 + light).clamp_(0, 1)
+    return F.interpolate(x, size=size, mode='bilinear', align_corners=False, antialias=True)
 
 # %% ../nbs/14_pretrain.ipynb #58b3da06
 PHOTO_CAPTIONS = ('a {}', 'a photo of a {}', 'a blurry photo of a {}.', 'a low resolution photo of a {}.', 'a good photo of a {}.',
@@ -276,12 +279,14 @@ def photo_pretrain_loss_fn(
     model:ZeroShotCLIP,      # its image encoder learns; the text tower is frozen and final
     task:Task,               # labelled photographs, 64 px
     names:Sequence[str],     # more names for the second term
-    soft:float=0.5,          # its weight
+    steps:int,               # length of the run
+    sizes:Sequence[int],     # resolution of the pictures in each equal part of the run; the last is the encoder's own
+    soft:float=1.,           # weight of the second term
     soft_scale:float=30.,    # its scale: how far around a name its neighbours count
-    scale:float=100.,        # 1/τ
-    batch_size:int=256,
+    guessed:float=0.5,       # weight of a picture whose class has a guessed place, against 1 for the others
+    scale:float=50.,         # 1/τ
+    batch_size:int=128,
     seed:int=0,
-    precision:torch.dtype=torch.bfloat16, # of the convolutions: bfloat16 (autocast) or float32
 )->Callable:                 # `loss_fn` for `fit`
     "Each picture finds the caption of its class among one caption of every class, and keeps that caption's distance of all names."
     device, C = model.mean.device, len(task.classes)
@@ -290,15 +295,19 @@ def photo_pretrain_loss_fn(
         bank = model.encode_text([f'a {n}' for n in [*names, *task.classes]])                                     # (K,D)
     target  = F.softmax(soft_scale * captions[0] @ bank.T, dim=1)                                                 # (C,K)
     entropy = -(target * target.clamp_min(1e-12).log()).sum(1)
+    weight  = torch.full((C,), guessed, device=device).index_fill_(0, torch.tensor(task.covered, device=device), 1.)
     model.model.visual.to(memory_format=torch.channels_last).train()
     def loss_fn(step:int):
         g, at = seeded(seed, 'photo', step), batch_indices(len(task), batch_size, step, seed)
-        x, y = augment(task.images[at], g).to(device), task.labels[at].to(device)
+        size = sizes[step * len(sizes) // steps]
+        x, y, model.size = augment(task.images[at], size, g).to(device), task.labels[at].to(device), (size, size)
         head = captions[torch.randint(len(captions), (C,), generator=g), torch.arange(C)]
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             z = model.encode_image(x.contiguous(memory_format=torch.channels_last))
         logits = scale * z @ head.T
-        ce, far = F.cross_entropy(logits, y), F.cross_entropy(soft_scale * z @ bank.T, target[y]) - entropy[y].mean()
+        ce  = F.cross_entropy(logits, y, reduction='none')
+        far = F.cross_entropy(soft_scale * z @ bank.T, target[y], reduction='none') - entropy[y]
+        ce, far = (weight[y] @ v / weight[y].sum() for v in (ce, far))
         return ce + soft*far, dict(ce=ce.item(), far=far.item(), right=(logits.argmax(1) == y).float().mean().item())
     return loss_fn
 
@@ -340,8 +349,8 @@ def pretrain_photo(model:ZeroShotCLIP, cfg:dict, out:Path, seed:int):
     stage(model, text_parameters(model), distil_loss_fn(model, targets, space.mean, text['relational'], text['batch_size'], seed),
           out/'text', text, 'text tower')
     with torch.no_grad(): model.model.logit_scale.fill_(math.log(image['scale']))
-    loss_fn = photo_pretrain_loss_fn(model, load_task('tinyimagenet', split='train'), pack['names'], image['soft'], image['soft_scale'],
-                                     image['scale'], image['batch_size'], seed)
+    settings = {k: v for k, v in image.items() if k not in ('lr', 'weight_decay', 'warmup')}
+    loss_fn = photo_pretrain_loss_fn(model, load_task('tinyimagenet', split='train'), pack['names'], **settings, seed=seed)
     stage(model, [*model.model.visual.parameters()], loss_fn, out/'image', image, 'image tower')
 
 RECIPES = {'agft-tiny': pretrain_world, 'agft-photo': pretrain_photo}
@@ -351,10 +360,10 @@ def pretrain(
     preset:str='tiny',   # whose model, and its `pretrain` settings for each tower
     seed:int=0,
     device:str='auto',
-)->ZeroShotCLIP:         # also saved as `NAME.safetensors`, in half precision, as the package ships it
+)->ZeroShotCLIP:         # also saved as `NAME.safetensors`, in half precision, as the package ships it, with `pretrain.json` beside it
     "Train a small encoder from scratch."
-    preset, dev = load_preset(preset), pick_device(device)
-    name, cfg = preset['model'], preset['pretrain']
+    settings, dev = load_preset(preset), pick_device(device)
+    name, cfg = settings['model'], settings['pretrain']
     check(name in RECIPES, f'no recipe for model {name!r}; allowed: {", ".join(RECIPES)}')
     needed = [f for f in cfg.get('packs', []) if packs_dir() is None or not (packs_dir()/f'{f}.npz').is_file()]
     check(not needed, f'pack {", ".join(needed)} not found; set AGFT_DATA to the folder that holds {", ".join(cfg.get("packs", []))}')
@@ -363,5 +372,8 @@ def pretrain(
     model = new_clip(name).to(dev)
     RECIPES[name](model, cfg, out, seed)
     save_clip(model, out/f'{name}.safetensors', torch.float16, pretrain=cfg, seed=seed)
+    logs = {k: read_log(out/k) for k in ('text', 'image')}
+    write_json(out/'pretrain.json', dict(command=f'agft pretrain --preset {preset}', machine=machine(dev), seed=seed,
+                                         **{k: dict(steps=len(v), seconds=round(sum(l['seconds'] for l in v))) for k, v in logs.items()}))
     print(out/f'{name}.safetensors')
     return model
