@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['neighbours', 'climb', 'test_tasks', 'threats_of', 'tuned', 'run_folder', 'tune', 'compare', 'summaries',
-           'differences', 'similarities', 'calibration_of', 'embedding_of', 'cost_of', 'cell', 'quick', 'bench',
-           'ablation', 'bench_page']
+           'differences', 'similarities', 'calibration_of', 'embedding_of', 'cost_of', 'cell', 'quick', 'students',
+           'ablation_students', 'mixtures', 'curves_of', 'bench', 'inner_life', 'bench_page']
 
 # %% ../nbs/15_bench.ipynb #19fddd93
 import copy, math, statistics, time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 import numpy as np, torch
 from sklearn.manifold import TSNE
@@ -231,6 +232,55 @@ def quick(cfg:dict)->dict:
     bench['ablation']['gamma'], bench['ablation']['scale'] = bench['ablation']['gamma'][:2], bench['ablation']['scale'][:1]
     return cfg
 
+def students(
+    cfg:dict, out:Path, device:str,  # preset with the chosen rates; folder; device
+)->dict[tuple[str, int], str|Path]:  # (method, seed) -> what `load_clip` loads; the original is ('CLIP', 0)
+    "Every method and seed, trained or found trained."
+    models = {('CLIP', 0): cfg['model']}
+    for name, s in cfg['methods'].items():
+        for seed in range(cfg['bench']['seeds']):
+            folder = run_folder(out, name, s['lr'], seed)
+            finetune(cfg, name, folder, seed, device=device)
+            models[name, seed] = folder/'model.safetensors'
+    return models
+
+def ablation_students(
+    cfg:dict, out:Path, device:str,  # as in `students`
+)->dict[tuple[str, int], Path]:      # ('γ, 1/τ', 0) -> checkpoint
+    "AGFT over γ and the student's scale, at AGFT's learning rate (the paper's Table 8)."
+    p, own, models = cfg['bench']['ablation'], load_clip(cfg['model']).scale, {}
+    for gamma, times in product(p['gamma'], p['scale']):
+        c = copy.deepcopy(cfg)
+        c['methods']['AGFT'].update(gamma=gamma, scale=round(times*own, 1))
+        same = c['methods']['AGFT'] == cfg['methods']['AGFT']
+        folder = run_folder(out, 'AGFT' if same else f'ablation-{gamma}-{times}', cfg['methods']['AGFT']['lr'], 0)
+        finetune(c, 'AGFT', folder, 0, device=device)
+        models[f'γ {gamma}, 1/τ {times*own:.0f}', 0] = folder/'model.safetensors'
+    return models
+
+def mixtures(
+    cfg:dict, out:Path, sources:dict[str, str|Path],  # preset, folder, and one checkpoint a method
+)->dict[tuple[str, int], str|Path]:                   # ('METHOD share', 0) -> checkpoint; the ends included
+    "Every method at every share of its weights."
+    models, original = {('CLIP', 0): cfg['model']}, load_clip(cfg['model'])
+    for name, source in sources.items():
+        models[f'{name} 1', 0] = source
+        for share in cfg['bench']['weights']['shares']:
+            models[f'{name} {share}', 0] = path = out/'mixed'/f'{name}-{share}.safetensors'
+            path.parent.mkdir(exist_ok=True)
+            if not path.exists(): save_clip(interpolate(original, load_clip(source), share), path)
+    return models
+
+def curves_of(
+    cfg:dict,
+    numbers:dict[str, dict],  # of `mixtures`: name -> task -> numbers
+)->dict[str, dict]:           # method -> {points, hypervolume}
+    "The zero-shot curve of each method from the frozen to the tuned weights, and the area that it dominates."
+    shares = [*cfg['bench']['weights']['shares'], 1]
+    curves = {m: [dict(share=s, **{k: numbers[n][MEAN][k] for k in ('clean', 'robust')}) for s, n in
+                  ((0, 'CLIP'), *((s, f'{m} {s}') for s in shares))] for m in cfg['methods']}
+    return {m: dict(points=c, hypervolume=hypervolume([(p['clean'], p['robust']) for p in c])) for m, c in curves.items()}
+
 def bench(
     out:str,                  # folder for the cells and report.html
     preset:str='tiny',        # the protocol
@@ -243,49 +293,24 @@ def bench(
     if fast: cfg = quick(cfg)
     part, original = cfg['bench'], load_clip(cfg['model'])
     out = claim(out, dict(command='bench', preset=cfg, teacher=fingerprint(original), version=__version__))
-    lrs = tuned(cfg, out, device) if not fast else {m: dict(best=s['lr'], scores={}) for m, s in cfg['methods'].items()}
+    lrs = {m: dict(best=s['lr'], scores={}) for m, s in cfg['methods'].items()} if fast else tuned(cfg, out, device)
     for name, s in cfg['methods'].items(): s['lr'] = lrs[name]['best']
-    eps = pixels(cfg['eval']['eps'][0])
-    first = {('CLIP', 0): cfg['model']}                                       # seed 0 of every method
-    models = {('CLIP', 0): cfg['model']}
-    for name, s in cfg['methods'].items():
-        for seed in range(part['seeds']):
-            folder = run_folder(out, name, s['lr'], seed)
-            finetune(cfg, name, folder, seed, device=device)
-            models[name, seed] = folder/'model.safetensors'
-        first[name, 0] = models[name, 0]
-    def rows(section, models, threats, n): return compare(models, test_tasks(cfg, n), threats, out/section, dev)
-    def grid(names, radii): return [threat(n, pixels(e)) for n in names for e in radii]
-    main = rows('main', models, [*threats_of(cfg).values()], None)
+    models = students(cfg, out, device)
+    first, threats = {name: source for (name, seed), source in models.items() if seed == 0}, [*threats_of(cfg).values()]
+    def rows(section, models, threats, n=None): return compare(models, test_tasks(cfg, n), threats, out/section, dev)
+    main = rows('main', models, threats)
     found = dict(protocol=cfg, lr=lrs, main=summaries(main, brief=False), paired={label: differences(f) for label, f in main.items()})
-    for section in ('sweep', 'strong', 'unseen'):
-        p = part[section]
-        found[section] = summaries(rows(section, first, grid(p['threats'], p['eps']), p['images']))
-    found['ablation'] = ablation(cfg, out, device)
-    mixed = {}
-    for (name, _), source in list(first.items())[1:]:
-        for w in part['weights']['shares']:
-            path = out/'mixed'/f'{name}-{w}.safetensors'
-            path.parent.mkdir(exist_ok=True)
-            if not path.exists(): save_clip(interpolate(original, load_clip(source), w), path)
-            mixed[f'{name} {w}', 0] = path
-    label = next(iter(main))
-    curve = summaries(rows('weights', {**first, **mixed}, [*threats_of(cfg).values()][:1], part['weights']['images']))[label]
-    ends = lambda m: [curve[k][MEAN] for k in ('CLIP', *(f'{m} {w}' for w in part['weights']['shares']), m)]
-    found['weights'] = {m: dict(points=[dict(clean=e['clean'], robust=e['robust']) for e in ends(m)],
-                                hypervolume=hypervolume([(e['clean'], e['robust']) for e in ends(m)])) for m in cfg['methods']}
-    p = part['calibration']
-    tasks, val = test_tasks(cfg, p['images']), load_task(cfg['source'], cfg['tune']['images'], split='val')
-    scale = lambda m: settings_of(cfg, m, original).get('scale', original.scale) if m != 'CLIP' else original.scale
-    found['calibration'] = {m: cell(out/'calibration'/f'{m}.json', lambda: calibration_of(source, cfg['model'], scale(m), tasks, val, eps, dev))
-                            for (m, _), source in first.items()}
-    shown = {m: s for (m, _), s in first.items() if m in ('CLIP', 'TeCoA', 'AGFT')}
-    found['tsne'] = cell(out/'tsne.json', lambda: embedding_of(shown, load_task(p['tsne'], cfg['eval']['images']), cfg['model'], eps, dev))
-    found['cost'] = cell(out/'cost.json', lambda: cost_of(cfg, dev))
-    trained = sum(l['seconds'] for f in (out/'runs').iterdir() for l in read_log(f))
+    for k in ('sweep', 'strong', 'unseen'):
+        budgets = [threat(name, pixels(e)) for name in part[k]['threats'] for e in part[k]['eps']]
+        found[k] = summaries(rows(k, {(m, 0): s for m, s in first.items()}, budgets, part[k]['images']))
+    found['ablation'] = summaries(rows('ablation', ablation_students(cfg, out, device), threats[:1], part['ablation']['images']))
+    mixed = mixtures(cfg, out, {m: s for m, s in first.items() if m != 'CLIP'})
+    found['weights'] = curves_of(cfg, summaries(rows('weights', mixed, threats[:1], part['weights']['images']))[threats[0].label])
+    found |= inner_life(cfg, out, first, threats[0].eps, dev)
     found['about'] = dict(command=f'agft bench --preset {preset}' + ' --quick'*fast, version=__version__, machine=machine(dev), seeds=part['seeds'],
-                          threats='; '.join(t.describe([k.resolution for k in tasks]) for t in threats_of(cfg).values()),
-                          training_seconds=round(trained), seconds=round(time.time() - began))
+                          threats='; '.join(t.describe([load_task(cfg['source'], 1).resolution]) for t in threats),
+                          training_seconds=round(sum(l['seconds'] for f in (out/'runs').iterdir() for l in read_log(f))),
+                          seconds=round(time.time() - began))
     path = Path('results')/f'bench_{preset}{"_quick"*fast}.json'
     path.parent.mkdir(exist_ok=True)
     write_json(path, found)
@@ -293,20 +318,18 @@ def bench(
     print(f'{path} and {out/"report.html"}; {found["about"]["seconds"]} s')
     return found
 
-def ablation(
-    cfg:dict, out:Path, device:str,  # as in `bench`
-)->dict[str, dict]:           # 'γ, 1/τ' -> task -> numbers
-    "AGFT over γ and the student's scale, at AGFT's learning rate (the paper's Table 8)."
-    p, own, models = cfg['bench']['ablation'], load_clip(cfg['model']).scale, {}
-    for gamma in p['gamma']:
-        for times in p['scale']:
-            name, c = f'γ {gamma}, 1/τ {times*own:.0f}', copy.deepcopy(cfg)
-            c['methods']['AGFT'].update(gamma=gamma, scale=round(times*own, 1))
-            same = c['methods']['AGFT'] == cfg['methods']['AGFT']
-            folder = run_folder(out, 'AGFT' if same else f'ablation-{gamma}-{times}', cfg['methods']['AGFT']['lr'], 0)
-            finetune(c, 'AGFT', folder, 0, device=device)
-            models[name, 0] = folder/'model.safetensors'
-    return summaries(compare(models, test_tasks(cfg, p['images']), [*threats_of(cfg).values()][:1], out/'ablation', pick_device(device)))
+def inner_life(
+    cfg:dict, out:Path, first:dict[str, str|Path], eps:float, device:torch.device, # as in `bench`
+)->dict[str, dict]:           # calibration, tsne, cost
+    "What is not an accuracy."
+    p, original = cfg['bench']['calibration'], load_clip(cfg['model'])
+    tasks, val = test_tasks(cfg, p['images']), load_task(cfg['source'], cfg['tune']['images'], split='val')
+    scale = {m: settings_of(cfg, m, original).get('scale', original.scale) for m in first}
+    shown = {m: first[m] for m in ('CLIP', 'TeCoA', 'AGFT') if m in first}
+    tsne = lambda: embedding_of(shown, load_task(p['tsne'], cfg['eval']['images']), cfg['model'], eps, device)
+    return dict(calibration={m: cell(out/'calibration'/f'{m}.json', lambda: calibration_of(s, cfg['model'], scale[m], tasks, val, eps, device))
+                             for m, s in first.items()},
+                tsne=cell(out/'tsne.json', tsne), cost=cell(out/'cost.json', lambda: cost_of(cfg, device)))
 
 def bench_page(
     found:dict,               # results of `bench`

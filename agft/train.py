@@ -19,7 +19,7 @@ from .clip import ZeroShotCLIP, add_prompt, fingerprint, load_clip, save_clip
 from open_clip.modified_resnet import AttentionPool2d  # after agft: it makes torchvision importable
 from .core import AgftError, NotFinite, check, claim, pick_device, read_json, seeded
 from .data import Task, batch_indices, load_task
-from .methods import METHODS, Batch, Models, TeCoA, method
+from .methods import Batch, Models, TeCoA, method
 
 # %% ../nbs/10_train.ipynb #d7e8424d
 def learning_rate(

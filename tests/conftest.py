@@ -18,6 +18,7 @@ def small_preset(monkeypatch):
         p['eval'].update(images=24, threat='fgsm')
         p['tune'].update(images=24)
         p['zero_shot'] = p['zero_shot'][:2]
+        p['demo'] = ['TeCoA', 'AGFT']
         p['methods'] = {m: p['methods'][m] for m in p['demo']}
         return p
     for module in (bench, cli): monkeypatch.setattr(module, 'load_preset', cut)

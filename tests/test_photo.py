@@ -42,7 +42,7 @@ def test_photo_demo_runs_on_packs_that_we_made(made_packs, tmp_path, monkeypatch
     assert cli.main(['demo', '--preset', 'photo', '--out', str(tmp_path/'out')]) == 0
     first, *others = preset['eval']['eps']
     results = read_json(tmp_path/'out'/'results.json')
-    assert set(results) == {'CLIP', 'TeCoA', 'AGFT', 'about'} and list(results['AGFT']) == ['tinyimagenet', *preset['zero_shot'], MEAN]
+    assert set(results) == {'CLIP', 'about', *preset['demo']} and list(results['AGFT']) == ['tinyimagenet', *preset['zero_shot'], MEAN]
     for eps in others: assert eps in read_json(tmp_path/'out'/f'results_{eps.replace("/", "_")}.json')['about']['threat']
 
 
@@ -61,4 +61,4 @@ def test_shipped_photo_encoder_is_a_zero_shot_model():
     "Far above chance on classes and pictures that it never trained on; the recorded numbers are in results/photo.json."
     model, task = load_clip('agft-photo'), load_task('cifar10', 500)
     with torch.no_grad(): right = model.logits(task.images/255, model.head(task.classes, task.templates)).argmax(1) == task.labels
-    assert right.float().mean() > .33
+    assert right.float().mean() > .37
