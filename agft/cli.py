@@ -215,7 +215,7 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('--norm', default='Linf', help='Linf or L2 (default: Linf)')
     c.add_argument('--n', type=int, default=50, help='pictures (default: 50)')
     c.add_argument('--seed', type=int, default=0)
-    command('tune', tune, 'the learning rate of every method of a preset, by one rule on a validation split')
+    command('tune', tune, "the learning rates of the demonstration's methods, by one rule on a validation split")
     c = command('bench', bench, 'every method under one protocol: tables, intervals, figures', 'agft_bench')
     c.add_argument('--quick', dest='fast', action='store_true', help='a cut-down protocol that shows the way in minutes')
     command('pretrain', pretrain, 'train a small encoder from scratch').add_argument('--seed', type=int, default=0)

@@ -79,7 +79,7 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(cut, tmp_path, monkeypatc
 def test_a_run_that_diverges_scores_lowest(cut, tmp_path):
     cfg = cut('tiny')
     cfg['methods'] = {'TeCoA': {'scale': None, 'lr': 1e6}}
-    scores = module.tuned(cfg, tmp_path, 'cpu')['TeCoA']['scores']
+    scores = module.tuned(cfg, ['TeCoA'], tmp_path, 'cpu')['TeCoA']['scores']
     assert len(scores) == 3 and all(s['clean'] == 0 and ('not finite' in s['diverged'] or 'lower lr' in s['diverged']) for s in scores.values())
 
 
