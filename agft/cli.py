@@ -81,7 +81,7 @@ def page(
     figures |= {f'{k.capitalize()} accuracy of each task, with 95 % intervals over pictures; dashed: chance.': task_bars(results, k)
                 for k in ('robust', 'clean')}
     figures |= {f'Pictures of {task.name!r}, the perturbation found against {m}, and the result, with what {m} says of both.':
-                examples(load_clip(models[m, 0]), task, threat) for m in ('CLIP', 'AGFT')}
+                examples(load_clip(models[m, 0]), task, threat) for m in ('CLIP', list(models)[-1][0])}
     return html_report(f'agft demo: {name}', {'Accuracy': markdown_table(results)}, {'accuracy': PERCENT, **results['about']}, figures)
 
 # %% ../nbs/16_cli.ipynb #faa7c654
