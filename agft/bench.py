@@ -33,7 +33,8 @@ def neighbours(
     "The rungs below and above on the ladder … 0.1, 0.2, 0.5, 1, 2, 5 …"
     exponent = math.floor(math.log10(lr) + 1e-9)
     first = round(lr / 10**exponent)
-    check(first in (1, 2, 5) and math.isclose(lr, first * 10**exponent), f'lr {lr} is no rung of the ladder; allowed: 1, 2 or 5 times a power of ten')
+    check(first in (1, 2, 5) and math.isclose(lr, first * 10**exponent), f'lr {lr} is no rung of the ladder; '
+          'allowed: 1, 2 or 5 times a power of ten')
     at = 3*exponent + (1, 2, 5).index(first)
     return tuple(float(f'{(1, 2, 5)[i % 3]}e{i // 3}') for i in (at - 1, at + 1))
 
@@ -105,7 +106,7 @@ def tune(
     began, cfg, dev = time.time(), load_preset(preset), pick_device(device)
     out = claim(out, dict(command='tune', preset=cfg, teacher=fingerprint(load_clip(cfg['model']))))
     found = tuned(cfg, cfg['demo'], out, device)
-    found['about'] = dict(command=f'agft tune --preset {preset}', n=cfg['tune']['images'], split='val', score='mean of clean and robust', seed=0,
+    found['about'] = dict(command=f'agft tune --preset {preset}', n=cfg['tune']['images'], split='val', score='clean + robust', seed=0,
                           threat=list(threats_of(cfg).values())[0].describe([load_task(cfg['source'], 1).resolution]), machine=machine(dev),
                           training_seconds=trained(out), seconds=round(time.time() - began, 1))
     write_json(out/'tune.json', found)
@@ -209,7 +210,8 @@ def cost_of(
             peak[name] = torch.cuda.max_memory_allocated(device)/2**20 if device.type == 'cuda' else None
     def entry(name):
         ratios = [a/b for a, b in zip(seconds[name], seconds['TeCoA'])]
-        return dict(ratio=statistics.median(ratios), low=min(ratios), high=max(ratios), milliseconds=1000*statistics.median(seconds[name]), peak_mib=peak[name])
+        return dict(ratio=statistics.median(ratios), low=min(ratios), high=max(ratios),
+                    milliseconds=1000*statistics.median(seconds[name]), peak_mib=peak[name])
     return {name: entry(name) for name in steps}
 
 # %% ../nbs/15_bench.ipynb #21eae3a6
@@ -312,7 +314,8 @@ def bench(
     mixed = mixtures(cfg, out, {m: s for m, s in first.items() if m != 'CLIP'})
     found['weights'] = curves_of(cfg, summaries(rows('weights', mixed, threats[:1], part['weights']['images']))[threats[0].label])
     found |= inner_life(cfg, out, first, threats[0].eps, dev)
-    found['about'] = dict(command=f'agft bench --preset {preset}' + ' --quick'*fast, version=__version__, machine=machine(dev), seeds=part['seeds'],
+    found['about'] = dict(command=f'agft bench --preset {preset}' + ' --quick'*fast, version=__version__, machine=machine(dev),
+                          seeds=part['seeds'],
                           threats='; '.join(t.describe([load_task(cfg['source'], 1).resolution]) for t in threats),
                           training_seconds=trained(out), seconds=round(time.time() - began, 1))
     path = Path('results')/f'bench_{preset}{"_quick"*fast}.json'
@@ -331,8 +334,9 @@ def inner_life(
     scale = {m: settings_of(cfg, m, original).get('scale', original.scale) for m in first}
     shown = {m: first[m] for m in ('CLIP', 'TeCoA', 'AGFT') if m in first}
     tsne = lambda: embedding_of(shown, load_task(p['tsne'], cfg['eval']['images']), cfg['model'], eps, device)
-    return dict(calibration={m: cell(out/'calibration'/f'{m}.json', lambda: calibration_of(s, cfg['model'], scale[m], tasks, val, eps, device))
-                             for m, s in first.items()},
+    measured = {m: cell(out/'calibration'/f'{m}.json', lambda: calibration_of(s, cfg['model'], scale[m], tasks, val, eps, device))
+                for m, s in first.items()}
+    return dict(calibration=measured,
                 tsne=cell(out/'tsne.json', tsne), cost=cell(out/'cost.json', lambda: cost_of(cfg, device)))
 
 def bench_page(
@@ -343,16 +347,18 @@ def bench_page(
     per = lambda section: rows_table({k: {m: 100*v[MEAN]['robust'] for m, v in r.items()} for k, r in found[section].items()})
     tables = {f'{label}, percent, ± over seeds': method_table(results),
               'AGFT minus each other method, points, zero-shot mean, same pictures': rows_table(
-                  {m: {f'{k}{end}': v for k in d for end, v in (('', 100*d[k]['difference']), (' low', 100*d[k]['ci'][0]), (' high', 100*d[k]['ci'][1]))}
+                  {m: {k + end: 100*v for k in d for end, v in zip(('', ' low', ' high'), (d[k]['difference'], *d[k]['ci']))}
                    for m, d in found['paired'][label].items()})}
     for section, text in (('sweep', 'radii'), ('strong', 'strong attacks'), ('unseen', 'unseen attacks')):
         tables[f'Zero-shot mean under {text}, robust, percent'] = per(section)
     ab = next(iter(found['ablation'].values()))
-    tables['AGFT over γ and 1/τ, zero-shot mean, percent'] = rows_table({k: {w: 100*e[MEAN][w] for w in ('clean', 'robust')} for k, e in ab.items()})
+    tables['AGFT over γ and 1/τ, zero-shot mean, percent'] = rows_table(
+        {k: {w: 100*e[MEAN][w] for w in ('clean', 'robust')} for k, e in ab.items()})
     shown = ('confidence', 'ece', 'nll', 'overlap', 'mean_cos', 'max_cos')
     tables['Calibration at the scale of use, attacked, zero-shot mean'] = rows_table(
         {m: {k: c['adversarial']['own'][MEAN][k] for k in shown} for m, c in found['calibration'].items()}, 2)
-    tables['A training step against TeCoA\'s'] = rows_table({m: {k: c[k] for k in ('ratio', 'low', 'high')} for m, c in found['cost'].items()}, 2)
+    tables['A training step against TeCoA\'s'] = rows_table(
+        {m: {k: c[k] for k in ('ratio', 'low', 'high')} for m, c in found['cost'].items()}, 2)
     figures = {'Clean against robust, zero-shot mean, 95 % intervals over pictures.': pareto(results),
                'Robust accuracy of each task.': task_bars(results), 'Clean accuracy of each task.': task_bars(results, 'clean')}
     return html_report('agft bench', tables, found['about'], figures)

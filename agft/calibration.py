@@ -89,7 +89,8 @@ def measures(
     p = (scale * cos.double()).softmax(1)
     return dict(accuracy=(cos.argmax(1) == labels).double().mean().item(), confidence=p.max(1).values.mean().item(), ece=ece(p, labels),
                 adaptive_ece=adaptive_ece(p, labels), nll=nll(cos, labels, scale), brier=brier(p, labels), aurc=aurc(p, labels),
-                overlap=top_k_overlap(cos, original, min(5, cos.shape[1])), mean_cos=cos.mean().item(), max_cos=cos.max(1).values.mean().item())
+                overlap=top_k_overlap(cos, original, min(5, cos.shape[1])), mean_cos=cos.mean().item(),
+                max_cos=cos.max(1).values.mean().item())
 
 # %% ../nbs/09_calibration.ipynb #da220bd1
 def reliability(

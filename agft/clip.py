@@ -110,7 +110,8 @@ def add_prompt(
     "Give a model a learnt input, in place."
     visual = model.model.visual
     check(kind in ('pixels', 'tokens'), f'unknown prompt {kind!r}; allowed: pixels, tokens')
-    check(kind == 'pixels' or hasattr(visual, 'ln_pre'), f'a token prompt needs a vision transformer; {model.name} is a {type(visual).__name__}')
+    check(kind == 'pixels' or hasattr(visual, 'ln_pre'), f'a token prompt needs a vision transformer; {model.name} is a '
+          f'{type(visual).__name__}')
     model.prompts[kind] = nn.Parameter(value.to(model.mean.device))
     if kind == 'tokens':
         visual.ln_pre.register_forward_hook(lambda _, args, x: torch.cat([x, model.prompts['tokens'].to(x).expand(len(x), -1, -1)], 1))

@@ -135,7 +135,8 @@ class PMGAFT(TeCoA):
         adv, clean = (self.outputs(models, batch, x) for x in (x_adv, batch.x))
         with torch.no_grad(): frozen = self.scale * models.teacher.cosines(x_adv, models.head)
         ce, strays, bends = soft_cross_entropy(adv, target), kl(adv, frozen, self.reduction), kl(adv, clean, self.reduction)
-        return ce + self.alpha*strays + self.beta*bends, dict(robust=right(adv, batch.y), ce=ce.item(), strays=strays.item(), bends=bends.item())
+        parts = dict(ce=ce.item(), strays=strays.item(), bends=bends.item())
+        return ce + self.alpha*strays + self.beta*bends, dict(robust=right(adv, batch.y), **parts)
 
 # %% ../nbs/08_methods.ipynb #b664f703
 def attention_map(
@@ -193,8 +194,8 @@ class FARE(TeCoA):
         return off.square().sum(1).mean(), dict(robust=right((off + batch.known) @ models.head.T, batch.y))
 
 # %% ../nbs/08_methods.ipynb #00cd09d9
-METHODS = {'TeCoA': TeCoA, 'AGFT': AGFT, 'PMG-AFT': PMGAFT, 'PMG-AFT-mean': partial(PMGAFT, reduction='mean'), 'TGA-ZSR': TGAZSR, 'FARE': FARE,
-           'Soft': Soft, 'TRADES-AGFT': TradesAGFT, 'Clean': Clean}
+METHODS = {'TeCoA': TeCoA, 'AGFT': AGFT, 'PMG-AFT': PMGAFT, 'PMG-AFT-mean': partial(PMGAFT, reduction='mean'), 'TGA-ZSR': TGAZSR,
+           'FARE': FARE, 'Soft': Soft, 'TRADES-AGFT': TradesAGFT, 'Clean': Clean}
 
 def method(
     name:str,    # key of `METHODS`

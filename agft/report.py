@@ -26,7 +26,8 @@ def provenance(
     about:dict,            # of a results file
 )->str:                    # Markdown
     "The line that stands under a table: what made it, on what, how long, with how many seeds."
-    return '*' + '. '.join(f'{k.replace("_", " ")}: {about[k]}' for k in ('command', 'threat', 'threats', 'machine', 'seeds', 'seconds') if k in about) + '.*'
+    shown = ('command', 'threat', 'threats', 'machine', 'seeds', 'seconds')
+    return '*' + '. '.join(f'{k}: {about[k]}' for k in shown if k in about) + '.*'
 
 # %% ../nbs/12_report.ipynb #7fdf2579
 def methods_of(
@@ -68,7 +69,8 @@ def rows_table(
     first:str='',          # heading of the first column
 )->str:
     "Any numbers as a Markdown table."
-    return aligned([[first, *next(iter(rows.values()))], *([k, *('' if v is None else f'{v:.{digits}f}' for v in r.values())] for k, r in rows.items())])
+    shown = lambda v: '' if v is None else f'{v:.{digits}f}'
+    return aligned([[first, *next(iter(rows.values()))], *([k, *map(shown, r.values())] for k, r in rows.items())])
 
 def aligned(
     rows:list[list[str]],  # the first is the heading

@@ -162,7 +162,8 @@ def low_rank(student:ZeroShotCLIP):
     except ImportError as e: raise AgftError("low-rank tuning needs peft; install it with pip install 'agft[lora]'") from e
     visual = student.model.visual
     inside = [n for n, m in visual.named_modules() if isinstance(m, (nn.MultiheadAttention, AttentionPool2d))]    # they read bare weights
-    names = [n for n, m in visual.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and not any(n.startswith(f'{i}.') for i in inside)]
+    free = lambda n: not any(n.startswith(f'{i}.') for i in inside)
+    names = [n for n, m in visual.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and free(n)]
     torch.manual_seed(0)
     inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=names), visual)
 
