@@ -9,38 +9,38 @@ Rounds alternate between the two; the ratio is the median over rounds. Peak memo
 import argparse, json, statistics, subprocess, sys, time
 from pathlib import Path
 import torch, torch.nn.functional as F, torchattacks
-from agft.align import objective
 from agft.attack import pixels
 from agft.clip import load_clip
 from agft.core import load_preset, write_json
 from agft.data import batch_indices, load_task
+from agft.methods import Batch, Models, method as method_of
 from agft.report import machine
-from agft.train import adversarial_loss, embed
+from agft.train import adversarial_loss, settings_of
 
 STEPS = 3   # optimizer steps in a round
 
 
 def setup(model, method, device):
     preset = load_preset(model.removeprefix('agft-'))
-    cfg, settings = preset['train'], {k: v for k, v in preset['methods'][method].items() if k != 'lr' and v is not None}
+    cfg = preset['train']
     task = load_task(preset['source'], 4*cfg['batch_size'], split='train')
     teacher, student = load_clip(model).to(device), load_clip(model).to(device)
     student.model.visual.requires_grad_(True)
     opt = torch.optim.SGD(student.model.visual.parameters(), lr=1e-5, momentum=0.9)
-    return cfg, objective(method, **settings), task, teacher, student, teacher.head(task.classes, task.templates), opt
+    return cfg, method_of(method, **settings_of(preset, method, teacher)), task, Models(student, teacher, teacher.head(task.classes, task.templates)), opt
 
 
 def ours(model, method, device):
-    cfg, goal, task, teacher, student, head, opt = setup(model, method, device)
-    features = embed(teacher, task.images)      # once per run of any length, so outside the step
-    loss_fn = adversarial_loss(student, goal, task, head, features, pixels(cfg['eps']), pixels(cfg['pgd_step']), cfg['pgd_steps'], cfg['batch_size'])
+    cfg, goal, task, models, opt = setup(model, method, device)
+    loss_fn = adversarial_loss(models, goal, task, pixels(cfg['eps']), pixels(cfg['pgd_step']), cfg['pgd_steps'], cfg['batch_size'])
     def step(t):
         opt.zero_grad(); loss_fn(t)[0].backward(); opt.step()
     return step, cfg['batch_size']
 
 
 def plain(model, method, device):
-    cfg, goal, task, teacher, student, head, opt = setup(model, method, device)
+    cfg, goal, task, models, opt = setup(model, method, device)
+    student, teacher, head = models
     eps, alpha, steps = pixels(cfg['eps']), pixels(cfg['pgd_step']), cfg['pgd_steps']
     class Classifier(torch.nn.Module):
         def __init__(self): super().__init__(); self.clip = student
@@ -59,7 +59,7 @@ def plain(model, method, device):
         x, y = task.images[at].to(device) / 255, task.labels[at].to(device)
         if method == 'TeCoA': target, x_adv = y, attack(x, y)
         else:
-            with torch.no_grad(): target = goal.targets(teacher.cosines(x, head), y)
+            with torch.no_grad(): target = goal.target(models, Batch(x, y, teacher.encode_image(x)))
             x_adv = soft_pgd(x, target)
         opt.zero_grad(); F.cross_entropy(classifier(x_adv), target).backward(); opt.step()
     return step, cfg['batch_size']

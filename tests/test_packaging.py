@@ -102,3 +102,9 @@ def test_import_leaves_a_working_torchvision_alone(tmp_path):
 def test_other_failures_of_torchvision_stay_visible(tmp_path):
     fake_torchvision(tmp_path, "raise RuntimeError('no space left on device')")
     assert 'no space left on device' in run('import agft', path=[tmp_path, ROOT], ok=False)
+
+
+@pytest.mark.parametrize('name', sorted(p.name for p in (ROOT/'benchmarks').glob('*.py')))
+def test_benchmarks_find_what_they_import(name):
+    done = subprocess.run([sys.executable, ROOT/'benchmarks'/name, '--help'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
