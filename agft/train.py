@@ -214,7 +214,8 @@ def finetune(
     task = load_task(preset['source'], cfg['images'], split='train')
     models = Models(student, teacher, teacher.head(task.classes, task.templates))
     loss_fn = adversarial_loss(models, goal, task, pixels(cfg['eps']), pixels(cfg['pgd_step']), cfg['pgd_steps'], cfg['batch_size'], seed)
-    fit(student, loss_fn, out, steps, lr, cfg['optimizer'], warmup=cfg['warmup'], every=cfg['every'], desc=f'{name}, seed {seed}')
+    fit(student, loss_fn, out, steps, lr, cfg['optimizer'], warmup=cfg['warmup'], clip=cfg.get('clip', math.inf), every=cfg['every'],
+        desc=f'{name}, seed {seed}')
     assert fingerprint(teacher) == before, 'the frozen teacher changed during training'
     run = read_json(out/'run.json')
     save_clip(merged(student), out/'model.safetensors', **{k: v for k, v in run.items() if k != 'model'})

@@ -15,9 +15,9 @@ def cut(small_preset, monkeypatch):
     def load(name):
         p = small_preset(name)
         p['zero_shot'] = p['zero_shot'][:1]
-        p['eval']['images'] = p['tune']['images'] = 8
+        p['tune']['images'] = 8
         b = p['bench']
-        b.update(seeds=2)
+        b.update(seeds=2, images=8)
         for part in ('sweep', 'strong', 'unseen', 'ablation', 'weights', 'calibration'): b[part]['images'] = 6
         for part in ('sweep', 'strong', 'unseen'): b[part].update(threats=['fgsm', 'mifgsm'], eps=['4/255'])
         b['ablation'].update(gamma=[.4, 1.], scale=[1.8])
@@ -37,6 +37,7 @@ def without_times(found):
 def test_killed_anywhere_it_ends_with_the_same_numbers(cut, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, 'quick', lambda cfg: cfg)               # the cut protocol, without its climb
+    monkeypatch.setattr(module.torch, 'get_num_threads', lambda: 1)     # in this process, where it can be killed
     args = ['bench', '--quick', '--out']
     assert main([*args, 'whole']) == 0
     whole = json.loads((tmp_path/'results'/'bench_tiny_quick.json').read_text())
@@ -78,7 +79,7 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(cut, tmp_path, monkeypatc
 
 def test_a_run_that_diverges_scores_lowest(cut, tmp_path):
     cfg = cut('tiny')
-    cfg['methods'] = {'TeCoA': {'scale': None, 'lr': 1e6}}
+    cfg['methods'], cfg['tune']['ladder'] = {'TeCoA': {'scale': None, 'lr': 1e6}}, [1e5, 1e7]
     scores = module.tuned(cfg, ['TeCoA'], tmp_path, 'cpu')['TeCoA']['scores']
     assert len(scores) == 3 and all(s['clean'] == 0 and ('not finite' in s['diverged'] or 'lower lr' in s['diverged']) for s in scores.values())
 
@@ -88,6 +89,7 @@ def test_every_preset_has_a_whole_protocol():
         p = load_preset(name)
         assert set(p['demo']) <= set(p['methods']) and p['bench']['version'] >= 1
         for m in p['methods'].values(): module.neighbours(m['lr'])
+        assert all(p['tune']['ladder'][0] <= m['lr'] <= p['tune']['ladder'][1] for m in p['methods'].values())
         for part in ('sweep', 'strong', 'unseen'):
             for t in p['bench'][part]['threats']: module.threat(t, .01)
 
