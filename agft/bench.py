@@ -22,12 +22,12 @@ from .attack import pgd, pixels
 from .calibration import fit_scale, measures, reliability, shrinkage
 from .clip import fingerprint, interpolate, load_clip, save_clip
 from .core import NotFinite, check, claim, load_preset, pick_device, read_json, seeded, write_json
-from .data import Task, load_task
+from .data import Task
 from .evaluate import MEAN, evaluate_tasks, evaluate_threats, paired, summarise
 from .methods import Models, method
 from .report import hypervolume, html_report, machine, method_table, pareto, rows_table, task_bars
 from .threat import Threat, threat
-from .train import adversarial_loss, finetune, read_log, settings_of
+from .train import adversarial_loss, finetune, read_log, settings_of, task_of
 
 # %% ../nbs/15_bench.ipynb #side0002
 def side_by_side(
@@ -75,7 +75,7 @@ def test_tasks(
 )->list[Task]:
     "The source task and the zero-shot tasks of a preset, test split."
     n = n or preset['eval']['images']
-    return [load_task(name, n) for name in (preset['source'], *preset['zero_shot'])]
+    return [task_of(preset, name, n) for name in (preset['source'], *preset['zero_shot'])]
 
 def threats_of(
     preset:dict,
@@ -89,7 +89,7 @@ def climbed(
     device:str,
 )->dict:                       # best, scores: lr -> {clean, robust}
     "Climb with one method, from the preset's own rate, on the validation split of the source task."
-    t, val, scores = list(threats_of(cfg).values())[0], load_task(cfg['source'], cfg['tune']['images'], split='val'), {}
+    t, val, scores = list(threats_of(cfg).values())[0], task_of(cfg, cfg['source'], cfg['tune']['images'], 'val'), {}
     def score(lr):
         try:
             student = finetune(cfg, name, run_folder(out, name, lr, 0), 0, lr, device=device)
@@ -125,7 +125,8 @@ def tune(
     out = claim(out, dict(command='tune', preset=cfg, teacher=fingerprint(load_clip(cfg['model']))))
     found = tuned(cfg, cfg['demo'], out, device)
     found['about'] = dict(command=f'agft tune --preset {preset}', n=cfg['tune']['images'], split='val', score='clean + robust', seed=0,
-                          threat=list(threats_of(cfg).values())[0].describe([load_task(cfg['source'], 1).resolution]), machine=machine(dev),
+                          threat=list(threats_of(cfg).values())[0].describe([task_of(cfg, cfg['source'], 1).resolution]),
+                          machine=machine(dev),
                           training_seconds=trained(out), seconds=round(time.time() - began, 1))
     write_json(out/'tune.json', found)
     return found
@@ -147,7 +148,8 @@ def students(
 )->dict[tuple[str, int], str|Path]:  # (method, seed) -> what `load_clip` loads; the original is ('CLIP', 0)
     "Every method and seed, trained or found trained, beside the original."
     runs = [*product(names, range(seeds))]
-    return {('CLIP', 0): cfg['model'], **dict(zip(runs, side_by_side(student, [(cfg, m, folder(m, s), s, device) for m, s in runs], device)))}
+    paths = side_by_side(student, [(cfg, name, folder(name, seed), seed, device) for name, seed in runs], device)
+    return {('CLIP', 0): cfg['model'], **dict(zip(runs, paths))}
 
 def flags_of(
     source:str|Path, tasks:Sequence[Task], folder:Path, threats:Sequence[Threat], seed:int, device:torch.device,
@@ -242,7 +244,7 @@ def cost_of(
     rounds:int=5,
 )->dict[str, dict]:          # method -> {ratio, low, high, milliseconds, peak_mib or None}
     "Time and memory of a training step of every method, relative to TeCoA."
-    train, task = cfg['train'], load_task(cfg['source'], 2*cfg['train']['batch_size'], split='train')
+    train, task = cfg['train'], task_of(cfg, cfg['source'], 2*cfg['train']['batch_size'], 'train')
     steps, seconds, peak = {}, {}, {}
     for name in cfg['methods']:
         teacher, student = load_clip(cfg['model']).to(device), load_clip(cfg['model']).to(device)
@@ -354,7 +356,7 @@ def bench(
     found |= inner_life(cfg, out, first, threats[0].eps, dev)
     found['about'] = dict(command=f'agft bench --preset {preset}' + ' --quick'*fast, version=__version__, machine=machine(dev),
                           seeds=part['seeds'],
-                          threats='; '.join(t.describe([load_task(cfg['source'], 1).resolution]) for t in threats),
+                          threats='; '.join(t.describe([task_of(cfg, cfg['source'], 1).resolution]) for t in threats),
                           training_seconds=trained(out), seconds=round(time.time() - began, 1))
     path = Path('results')/f'bench_{preset}{"_quick"*fast}.json'
     path.parent.mkdir(exist_ok=True)
@@ -370,10 +372,10 @@ def inner_life(
     p, original = cfg['bench']['calibration'], load_clip(cfg['model']).to(device)
     def ask(task, head): return Asked(task, head, similarities(original, task, head, 0)[0])
     asked, val = ([ask(t, original.head(t.classes, t.templates)) for t in tasks] for tasks in
-                  (test_tasks(cfg, p['images']), [load_task(cfg['source'], cfg['tune']['images'], split='val')]))
+                  (test_tasks(cfg, p['images']), [task_of(cfg, cfg['source'], cfg['tune']['images'], 'val')]))
     scales = {m: dict(training=settings_of(cfg, m, original).get('scale', original.scale), own=original.scale) for m in first}
     shown = {m: first[m] for m in ('CLIP', 'TeCoA', 'AGFT') if m in first}
-    tsne = lambda: embedding_of(shown, load_task(p['tsne'], cfg['bench']['images']), cfg['model'], eps, device)
+    tsne = lambda: embedding_of(shown, task_of(cfg, p['tsne'], cfg['bench']['images']), cfg['model'], eps, device)
     cells = [(out/'calibration'/f'{m}.json', partial(calibration_of, s, scales[m], asked, *val, eps, device)) for m, s in first.items()]
     return dict(calibration=dict(zip(first, side_by_side(cell, cells, device))),
                 tsne=cell(out/'tsne.json', tsne), cost=cell(out/'cost.json', lambda: cost_of(cfg, device)))

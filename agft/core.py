@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AgftError', 'NotFinite', 'check', 'raises', 'seeded', 'pick_device', 'write_json', 'read_json', 'claim',
-           'package_file', 'asset', 'load_preset']
+           'package_file', 'asset', 'presets', 'load_preset']
 
 # %% ../nbs/00_core.ipynb #8556eade
 import hashlib, importlib.resources, json, os, sys, warnings
@@ -136,10 +136,13 @@ def asset(
     return package_file('assets', name)
 
 # %% ../nbs/00_core.ipynb #d0ae162f
+def presets()->list[str]:
+    "The names of the presets."
+    return sorted(f.stem for f in Path(str(importlib.resources.files('agft'))).glob('presets/*.json'))
+
 def load_preset(
     name:str, # a preset's name, e.g. 'tiny'
 )->dict:      # its settings
     "The settings of a named preset."
-    known = sorted(f.stem for f in Path(str(importlib.resources.files('agft'))).glob('presets/*.json'))
-    check(name in known, f"unknown preset {name!r}; known: {', '.join(known) or 'none'}")
+    check(name in presets(), f"unknown preset {name!r}; known: {', '.join(presets())}")
     return read_json(package_file('presets', f'{name}.json'))

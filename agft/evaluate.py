@@ -158,6 +158,7 @@ def paired(
 
 def summarise(
     runs:Sequence[dict[str, dict]],  # one dict of task -> flags for each seed
+    source:bool=True,                # the first task is the one that the models were tuned on: not averaged in
 )->dict[str, dict]:                  # task -> {clean, robust, n, ci, spread, seeds, chance, zero_grad}; shares in [0,1]
     "Mean over seeds with intervals over pictures and, for several seeds, the standard deviation over them; sources are not averaged in."
     def entry(names):
@@ -168,6 +169,6 @@ def summarise(
                     chance=float(np.mean([runs[0][t]['chance'] for t in names])),
                     zero_grad=float(max(r[t]['blind'].mean() for r in runs for t in names)))
     names = list(runs[0])
-    return {**{t: entry([t]) for t in names}, MEAN: entry(names[1:])}
+    return {**{t: entry([t]) for t in names}, MEAN: entry(names[source:])}
 
-MEAN = 'zero-shot mean'  # over all tasks but the first, which is the source task: models were tuned on it
+MEAN = 'zero-shot mean'  # over all tasks but the source task

@@ -1,0 +1,285 @@
+"Every public data set, in the layout it is published in, on small files that the test makes; torchvision reads the same files where it can."
+import io, json, multiprocessing, pickle, tarfile
+from pathlib import Path
+import numpy as np, pytest, torch, torchvision
+from PIL import Image
+from scipy.io import savemat
+from agft import registry
+from agft.cli import main
+from agft.core import AgftError
+from agft.data import load_task
+from agft.registry import DATA_SETS, PAPER15, classes_of, data_report, digest, listing, pack, pictures_of, templates_of
+
+
+def picture(i=0, size=(12, 10), form='JPEG'):
+    f = io.BytesIO()
+    Image.new('RGB', size, (i % 256, i//256, 90)).save(f, form)
+    return f.getvalue()
+
+def put(path, blob=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if blob is None: path.write_bytes(picture(len(path.name)))
+    elif isinstance(blob, bytes): path.write_bytes(blob)
+    else: path.write_text(blob)
+
+def folders(at, classes, name='{c}_0001.jpg'):
+    for c in classes: put(at/c/name.format(c=c))
+    return [*range(len(classes))]
+
+def cifar(at, files, key, C):
+    at.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for f in files:
+        blob = pickle.dumps({'data': rng.integers(0, 256, (C, 3072), np.uint8), key: [*range(C)]}, protocol=2)
+        for k in ('data', key):                                     # Python 2 wrote the real files: its strings are bytes
+            blob = blob.replace(b'X' + len(k).to_bytes(4, 'little') + k.encode(), b'U' + bytes([len(k)]) + k.encode())
+        (at/f).write_bytes(blob)
+
+def layout(name, root):
+    "Make a data set with one test picture a class; say which labels must come out."
+    classes, _ = classes_of(name)
+    C = len(classes)
+    if name == 'caltech101':
+        put(root/'caltech101/101_ObjectCategories/BACKGROUND_Google/image_0001.jpg')
+        folders(root/'caltech101/101_ObjectCategories', classes, 'image_0001.jpg')
+    elif name == 'caltech256':
+        for c in classes: put(root/f'caltech256/256_ObjectCategories/{c}/{c[:3]}_0001.jpg')
+        put(root/'caltech256/256_ObjectCategories/198.spider/RENAME2', 'a stray file of the original archive')
+    elif name == 'cifar10':
+        cifar(root/'cifar-10-batches-py', ['test_batch', *(f'data_batch_{i}' for i in range(1, 6))], 'labels', 10)
+    elif name == 'cifar100': cifar(root/'cifar-100-python', ['test', 'train'], 'fine_labels', 100)
+    elif name == 'dtd':
+        folders(root/'dtd/dtd/images', classes)
+        put(root/'dtd/dtd/labels/test1.txt', ''.join(f'{c}/{c}_0001.jpg\n' for c in classes))
+    elif name == 'eurosat': folders(root/'eurosat/2750', classes)
+    elif name == 'fgvc_aircraft':
+        data = root/'fgvc-aircraft-2013b/data'
+        for i in range(C): put(data/f'images/{i:07}.jpg')
+        put(data/'variants.txt', '\n'.join(classes) + '\n')
+        put(data/'images_variant_test.txt', ''.join(f'{i:07} {c}\n' for i, c in enumerate(classes)))
+    elif name == 'flowers102':
+        at = root/'flowers-102'
+        for i in range(1, C + 1): put(at/f'jpg/image_{i:05}.jpg')
+        savemat(at/'setid.mat', dict(trnid=[[1]], valid=[[2]], tstid=[[*range(C, 0, -1)]]))
+        savemat(at/'imagelabels.mat', dict(labels=[[*range(1, C + 1)]]))
+        return [*range(C)][::-1]
+    elif name == 'food101':
+        folders(root/'food-101/images', classes, '100.jpg')
+        put(root/'food-101/meta/test.txt', ''.join(f'{c}/100\n' for c in classes))
+        put(root/'food-101/meta/test.json', json.dumps({c: [f'{c}/100'] for c in classes}))
+    elif name == 'imagenet': folders(root/'imagenet/val', classes, 'ILSVRC2012_val_{c}.JPEG')
+    elif name == 'imagenet_a': folders(root/'imagenet-a', classes)
+    elif name == 'imagenet_r': folders(root/'imagenet-r', classes, 'art_0.jpg')
+    elif name == 'imagenet_sketch': folders(root/'sketch', classes, 'sketch_0.JPEG')
+    elif name == 'imagenet_v2': folders(root/'imagenetv2-matched-frequency-format-val', classes, '0.jpeg')
+    elif name == 'oxford_pets':
+        at = root/'oxford-iiit-pet'
+        for c in classes: put(at/f'images/{c}_1.jpg')
+        put(at/'annotations/test.txt', ''.join(f'{c}_1 {i} 1 1\n' for i, c in enumerate(classes, 1)))
+    elif name == 'pcam':
+        h5py = pytest.importorskip('h5py')
+        (root/'pcam').mkdir(parents=True)
+        for k, v in dict(x=np.zeros((2, 96, 96, 3), np.uint8), y=np.arange(2, dtype=np.uint8).reshape(2, 1, 1, 1)).items():
+            with h5py.File(root/f'pcam/camelyonpatch_level_2_split_test_{k}.h5', 'w') as f: f[k] = v
+    elif name == 'stanford_cars':
+        at = root/'stanford_cars'
+        for i in range(C): put(at/f'cars_test/{i + 1:05}.jpg')
+        (at/'devkit').mkdir()
+        savemat(at/'devkit/cars_meta.mat', dict(class_names=np.array(classes, object)[None]))
+        kinds = [('class', 'O'), ('fname', 'O')]
+        savemat(at/'cars_test_annos_withlabels.mat', dict(annotations=np.array([(i + 1, f'{i + 1:05}.jpg') for i in range(C)], kinds)[None]))
+    elif name == 'stl10':
+        at = root/'stl10_binary'
+        put(at/'test_X.bin', np.random.default_rng(0).integers(0, 256, (10, 3, 96, 96), np.uint8).tobytes())
+        put(at/'test_y.bin', np.arange(1, 11, dtype=np.uint8).tobytes())
+        put(at/'class_names.txt', '\n'.join(classes) + '\n')
+    elif name == 'sun397':
+        for c in classes: put(root/f'SUN397{c}/sun_a.jpg')
+        put(root/'SUN397/ClassName.txt', '\n'.join(classes) + '\n')
+    elif name == 'tinyimagenet':
+        for c in classes: put(root/f'tiny-imagenet-200/val/images/val_{c}.JPEG')
+        put(root/'tiny-imagenet-200/val/val_annotations.txt', ''.join(f'val_{c}.JPEG\t{c}\t0\t0\t9\t9\n' for c in classes))
+    elif name == 'country211': folders(root/'country211/test', classes)
+    return [*range(C)]
+
+
+KIND = dict(dtd=dict(split='test'), eurosat={}, fgvc_aircraft=dict(split='test'), food101=dict(split='test'), stanford_cars=dict(split='test'), sun397={},
+            country211=dict(split='test'), oxford_pets=dict(split='test'), flowers102=dict(split='test'), cifar10=dict(train=False),
+            cifar100=dict(train=False), stl10=dict(split='test'), caltech101={}, caltech256={})
+
+@pytest.mark.parametrize('name', DATA_SETS)
+def test_published_layout(name, tmp_path, monkeypatch):
+    expected = layout(name, tmp_path)
+    x, y = pictures_of(tmp_path, name)
+    assert y.tolist() == expected and x.shape == (len(expected), 3, DATA_SETS[name].size, DATA_SETS[name].size)
+    task = load_task(name, root=tmp_path)
+    assert task.classes == classes_of(name)[1] and task.templates == ('This is a photo of a {}',) and task.images[:2].dtype == torch.uint8
+    # torchvision reads the same files to the same labels
+    if name not in KIND: return
+    kind = getattr(torchvision.datasets, DATA_SETS[name].title)
+    for check in ('_check_integrity', '_check_exists'):
+        if hasattr(kind, check): monkeypatch.setattr(kind, check, lambda self: True)
+    if name.startswith('cifar'): monkeypatch.setattr(kind, '_load_meta', lambda self: None)
+    theirs = kind(str(tmp_path), **KIND[name])
+    found, whole = listing(tmp_path, name), [theirs[i] for i in range(len(theirs))]
+    by_label = {label: np.asarray(im.convert('RGB')) for im, label in whole}
+    assert sorted(label for _, label in whole) == sorted(expected)
+    for i in range(0, len(expected), 7): assert (found.decode(i).transpose(1, 2, 0) == by_label[found.labels[i]]).all()
+
+
+def shard(path, rows, cut=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, 'w') as tar:
+        for key, blob, label in rows:
+            for end, data in (('jpg', blob), ('cls', str(label).encode())):
+                info = tarfile.TarInfo(f'{key}.{end}')
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    if cut: path.write_bytes(path.read_bytes()[:cut])
+
+@pytest.mark.parametrize('name', DATA_SETS)
+def test_webdataset_layout(name, tmp_path):
+    C = len(classes_of(name)[0])
+    put(tmp_path/'wds'/name/'classnames.txt', '\n'.join(classes_of(name)[1]) + '\n')
+    for s, at in enumerate(torch.arange(C).split(-(-C//2))):
+        shard(tmp_path/'wds'/name/f'test/{s}.tar', [(f's{i:07}', picture(int(i)), int(i)) for i in at])
+    x, y = pictures_of(tmp_path, name)
+    assert y.tolist() == [*range(C)]
+    assert (x[torch.tensor([C - 1])][0, 0].float().mean() - (C - 1) % 256).abs() < 4      # JPEG is not exact
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'eurosat', 'stl10'])
+def test_pack_is_the_same_pictures(name, tmp_path):
+    layout(name, tmp_path)
+    x, y = pictures_of(tmp_path, name)
+    folder = pack(tmp_path, name)
+    read, labels = pictures_of(tmp_path, name)
+    assert read[:].equal(x[:]) and labels.equal(y) and pack(tmp_path, name) == folder and read.read.__self__.base is not None
+    info = json.loads((folder/'pack.json').read_text())
+    assert info['classes'] == digest(name)
+    (folder/'pack.json').write_text(json.dumps(info | dict(classes='other')))
+    with pytest.raises(AgftError, match='another version'): pictures_of(tmp_path, name)
+    (folder/'pack.json').write_text(json.dumps(info))
+    (folder/'images.npy').write_bytes((folder/'images.npy').read_bytes()[:500])
+    with pytest.raises(AgftError, match='truncated'): pictures_of(tmp_path, name)
+
+
+def test_a_pack_that_fails_leaves_nothing(tmp_path):
+    layout('eurosat', tmp_path)
+    (tmp_path/'eurosat/2750/River/River_0001.jpg').write_bytes(b'\xff\xd8\xff')
+    with pytest.raises(AgftError, match='River_0001.jpg does not decode'): pack(tmp_path, 'eurosat')
+    assert not any((tmp_path/'packs').iterdir())
+
+
+def test_faults_are_named_by_path(tmp_path):
+    at = tmp_path/'eurosat/2750'
+    layout('eurosat', tmp_path)
+    (at/'Oops').mkdir()
+    with pytest.raises(AgftError, match="unknown folder 'Oops'"): listing(tmp_path, 'eurosat')
+    (at/'Oops').rmdir()
+    (at/'River/River_0001.jpg').unlink()
+    with pytest.raises(AgftError, match='no pictures in 1 class folder.*River'): listing(tmp_path, 'eurosat')
+    (at/'River').rmdir()
+    with pytest.raises(AgftError, match="no folder 'River'"): listing(tmp_path, 'eurosat')
+    shard(tmp_path/'wds/dtd/test/0.tar', [('a', picture(), 0), ('b', picture(), 1)], cut=3000)
+    with pytest.raises(AgftError, match='0.tar.*(cut off|truncated)'): listing(tmp_path, 'dtd')
+    shard(tmp_path/'wds/stl10/test/0.tar', [('a', picture(), 10)])
+    with pytest.raises(AgftError, match=r'range over \[10, 10\]; allowed: 0 to 9'): listing(tmp_path, 'stl10')
+    put(tmp_path/'wds/stl10/classnames.txt', 'a\nb\n')
+    with pytest.raises(AgftError, match='has 2 classes; stl10 has 10'): listing(tmp_path, 'stl10')
+    with pytest.raises(AgftError, match='stanford_cars is not in .* its own site is gone'): listing(tmp_path, 'stanford_cars')
+    with pytest.raises(AgftError, match="unknown data set 'cifar'"): listing(tmp_path, 'cifar')
+    layout('cifar10', tmp_path)
+    (tmp_path/'cifar-10-batches-py/test_batch').write_bytes(pickle.dumps(Path('x')))
+    with pytest.raises(AgftError, match='a pickle asks for pathlib'): listing(tmp_path, 'cifar10')
+
+
+ODD = {'grey.png': lambda: Image.new('L', (9, 9), 77), 'deep.png': lambda: Image.fromarray(np.full((9, 9), 77*257, np.uint16)),
+       'cmyk.jpg': lambda: Image.new('RGB', (9, 9), (77, 77, 77)).convert('CMYK'), 'palette.png': lambda: Image.new('RGB', (9, 9), (77, 77, 77)).quantize(4),
+       'clear.png': lambda: Image.new('RGBA', (9, 9), (77, 77, 77, 255))}
+
+@pytest.mark.parametrize('kind', ODD)
+def test_every_kind_of_picture_becomes_the_same_grey(kind):
+    f = io.BytesIO()
+    ODD[kind]().save(f, 'JPEG' if kind.endswith('jpg') else 'PNG', **(dict(quality=100) if kind.endswith('jpg') else {}))
+    x = registry.decode(f.getvalue(), 16)
+    assert x.shape == (3, 16, 16) and np.abs(x.astype(int) - 77).max() <= 3
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused(tmp_path, monkeypatch):
+    layout('eurosat', tmp_path)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 40)
+    rows = data_report(tmp_path, ['eurosat'])
+    assert '10 broken' in rows[0]['state'] and 'River' not in rows[0]['state'] and 'decompression bomb' in rows[0]['state']
+
+
+def test_names_and_orders_are_the_published_ones():
+    wnids, words = classes_of('imagenet')
+    assert len(wnids) == 1000 and wnids == tuple(sorted(wnids)) and wnids[0] == 'n01440764' and wnids[-1] == 'n15075141'
+    assert words[0] == 'tench' and len({w.lower() for w in words}) == 1000 and {words[134], words[517]} == {'crane bird', 'construction crane'}
+    assert len(PAPER15) == 15 and 'imagenet' in PAPER15
+    counts = dict(caltech101=101, caltech256=257, cifar10=10, cifar100=100, dtd=47, eurosat=10, fgvc_aircraft=100, flowers102=102, food101=101,
+                  imagenet=1000, oxford_pets=37, pcam=2, stanford_cars=196, stl10=10, sun397=397, imagenet_a=200, imagenet_r=200, imagenet_sketch=1000,
+                  imagenet_v2=1000, tinyimagenet=200, country211=211)
+    assert {k: len(classes_of(k)[0]) for k in DATA_SETS} == counts
+    food = classes_of('food101')
+    assert food[0] == tuple(sorted(food[0])) and food[1][0] == 'apple pie' and food[1][-1] == 'waffles'
+    assert {*classes_of('imagenet_a')[0]} < {*wnids} and classes_of('imagenet_v2')[0][999] == '999'
+    assert len(templates_of('imagenet', 'openai')) == 80 and templates_of('tinyimagenet', 'openai') == templates_of('imagenet', 'openai')
+    for k in DATA_SETS: assert len({' '.join(w.lower().split()) for w in classes_of(k)[1]}) == counts[k] and all('{}' in t for t in templates_of(k, 'openai'))
+
+
+def _get(root, counter):
+    import torchvision
+    from agft.registry import fetch
+    class EuroSAT:
+        def __init__(self, root, download):
+            with open(counter, 'a') as f: f.write('download\n')
+            layout('eurosat', Path(root))
+    torchvision.datasets.EuroSAT = EuroSAT
+    fetch(Path(root), 'eurosat')
+
+def test_several_processes_download_once(tmp_path):
+    ctx = multiprocessing.get_context('fork')
+    ps = [ctx.Process(target=_get, args=(tmp_path/'d', tmp_path/'counter')) for _ in range(3)]
+    for p in ps: p.start()
+    for p in ps: p.join(60)
+    assert [p.exitcode for p in ps] == [0]*3 and (tmp_path/'counter').read_text() == 'download\n'
+
+
+def test_what_cannot_be_downloaded_says_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(AgftError, match='stanford_cars has no download.*mirror'): registry.fetch(tmp_path, 'stanford_cars')
+    def gone(*a, **k): raise RuntimeError('404')
+    monkeypatch.setattr(torchvision.datasets, 'DTD', gone)
+    with pytest.raises(AgftError, match='dtd does not download: 404; put it into dtd/dtd'): registry.fetch(tmp_path, 'dtd')
+
+
+def test_data_commands(tmp_path, capsys):
+    layout('eurosat', tmp_path), layout('stl10', tmp_path)
+    assert main(['data', 'check', str(tmp_path), '--sets', 'eurosat,stl10,dtd']) == 0
+    said = capsys.readouterr().out
+    assert '27000 were published' in said and 'dtd is not in' in said and 'torchvision.datasets.DTD' in said
+    assert main(['data', 'pack', str(tmp_path)]) == 0 and {p.name for p in (tmp_path/'packs').iterdir()} == {'eurosat-test', 'stl10-test'}
+    capsys.readouterr()
+    assert main(['data', 'pack', str(tmp_path), '--sets', 'dtd']) == 2 and 'dtd is not in' in capsys.readouterr().err
+    assert main(['data', 'check']) == 2 and 'needs a data folder' in capsys.readouterr().err
+    assert main(['data', 'list', '--sets', 'paper15']) == 0 and capsys.readouterr().out.count('\n') == 17
+
+
+def test_held_out_pictures_are_neither_trained_nor_tested_on(tmp_path):
+    cifar(tmp_path/'cifar-10-batches-py', [f'data_batch_{i}' for i in range(1, 6)], 'labels', 10)
+    train, val = (load_task('cifar10', split=s, root=tmp_path) for s in ('train', 'val'))
+    rows = lambda t: {x.numpy().tobytes() for x in t.images[:]}
+    assert len(train) + len(val) == 50 and len(val) == 5 and not rows(train) & rows(val)
+
+
+def test_a_folder_of_your_own(tmp_path):
+    for split, n in (('train', 30), ('test', 3)):
+        for c in ('red_fox', 'arctic fox'):
+            for i in range(n): put(tmp_path/split/c/f'{i}.jpg')
+    train, val, test = (load_task(str(tmp_path), split=s, size=32) for s in ('train', 'val', 'test'))
+    assert test.classes == ('arctic fox', 'red fox') and (len(train), len(val), len(test)) == (54, 6, 6) and test.resolution == 32
+    assert load_task(str(tmp_path/'test')).resolution == 224
+    with pytest.raises(AgftError, match='unknown task'): load_task(str(tmp_path/'nowhere'))
+    (tmp_path/'bare').mkdir()
+    with pytest.raises(AgftError, match='0 subfolders'): load_task(str(tmp_path/'bare'))
