@@ -90,6 +90,7 @@ def climbed(
 )->dict:                       # best, scores: lr -> {clean, robust}
     "Climb with one method, from the preset's own rate, on the validation split of the source task."
     t, val, scores = list(threats_of(cfg).values())[0], task_of(cfg, cfg['source'], cfg['tune']['images'], 'val'), {}
+    lost = 2/len(val.classes)
     def score(lr):
         try:
             student = finetune(cfg, name, run_folder(out, name, lr, 0), 0, lr, device=device)
@@ -97,7 +98,7 @@ def climbed(
             scores[lr] = {k: float(flags[k].mean()) for k in ('clean', 'robust')}
         except NotFinite as e: scores[lr] = dict(clean=0., robust=0., diverged=str(e))
         print(f'{name} lr {lr}: clean {100*scores[lr]["clean"]:.1f}, robust {100*scores[lr]["robust"]:.1f}', flush=True)
-        return scores[lr]['clean'] + scores[lr]['robust']
+        return scores[lr]['clean'] + scores[lr]['robust'] if scores[lr]['clean'] > lost else -lr
     best, tried = climb(score, cfg['methods'][name]['lr'], *cfg['tune']['ladder'])
     return dict(best=best, scores={str(lr): scores[lr] for lr in tried})
 

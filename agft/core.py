@@ -141,8 +141,9 @@ def presets()->list[str]:
     return sorted(f.stem for f in Path(str(importlib.resources.files('agft'))).glob('presets/*.json'))
 
 def load_preset(
-    name:str, # a preset's name, e.g. 'tiny'
+    name:str, # a preset's name, e.g. 'tiny', or a JSON file of your own
 )->dict:      # its settings
-    "The settings of a named preset."
+    "The settings of a preset."
+    if str(name).endswith('.json'): return read_json(name)
     check(name in presets(), f"unknown preset {name!r}; known: {', '.join(presets())}")
     return read_json(package_file('presets', f'{name}.json'))
