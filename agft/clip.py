@@ -148,7 +148,7 @@ def loading(
 def read_weights(
     path:str|Path,  # .safetensors, a TorchScript archive, or what torch.save wrote
 )->dict:            # tensors by name, or whatever stands around them
-    "Read a file of weights and run nothing that is in it."
+    "Read a file of weights, and run no Python that is in it."
     path = str(path)
     check(os.path.isfile(path), f'weights {path!r} do not exist')
     if path.endswith('.safetensors'): return load_file(path)
@@ -298,7 +298,7 @@ def save_clip(
     save_file(state, f'{path}.part', metadata=dict(model=model.name, **{k: json.dumps(v) for k, v in info.items()}))
     os.replace(f'{path}.part', path)
 
-# %% ../nbs/04_clip.ipynb #a1d462c7
+# %% ../nbs/04_clip.ipynb #400a2b32
 def load_visual(
     model:ZeroShotCLIP,  # the base: architecture and text encoder
     path:str|Path,       # checkpoint of TeCoA, TGA-ZSR, RobustVLM or AGFT's public code
@@ -309,6 +309,7 @@ def load_visual(
         raw = read_weights(path)
         prompts = raw.get('params', {})
         state = raw['modules'].get('clip.visual', {}) if 'modules' in raw else raw.get('vision_encoder_state_dict', raw)
+        if state is not raw: check_gelu(model.name, str(path), dict.fromkeys(OPENAI), {})       # these three began as OpenAI's
         if state or not prompts: visual.load_state_dict({k.removeprefix('module.'): v for k, v in state.items()})
         if 'image_prompt' in prompts: add_prompt(model, 'pixels', prompts['image_prompt'].float())
         if 'token_prompt' in prompts: add_prompt(model, 'tokens', visual.ln_pre(prompts['token_prompt'].float()))

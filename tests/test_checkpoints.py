@@ -122,14 +122,15 @@ def test_image_encoders_of_other_methods(tmp_path, layout):
     torch.save(wrapped(layout, tuned.model.visual.state_dict()), tmp_path/'c.pth.tar')
     x, text = pictures(base), base.encode_text(TEXTS)
     assert load_visual(base, tmp_path/'c.pth.tar') is base
+    if layout != 'RobustVLM':
+        with pytest.raises(AgftError, match='allowed: agft-test-quickgelu$'): load_visual(made('agft-test'), tmp_path/'c.pth.tar')
     torch.testing.assert_close(base.features(x), tuned.features(x), **dict(rtol=2e-2, atol=2e-2) if layout == 'AGFT' else {})
     torch.testing.assert_close(base.encode_text(TEXTS), text)
-    with pytest.raises(AgftError, match='load_visual' if layout != 'TGA-ZSR' else 'image encoder alone'):
-        load_clip('agft-test-quickgelu', tmp_path/'c.pth.tar')
+    with pytest.raises(AgftError, match='image encoder alone.*load_visual'): load_clip('agft-test-quickgelu', tmp_path/'c.pth.tar')
 
 
 def test_learnt_inputs_of_agfts_public_code(tmp_path):
-    base, plain = made('agft-test'), made('agft-test')
+    base, plain = made('agft-test-quickgelu'), made('agft-test-quickgelu')
     image, token = .1*torch.randn(1, 3, 32, 32, generator=seeded('i')), torch.randn(1, 4, 64, generator=seeded('t'))
     torch.save(dict(modules={}, params=dict(image_prompt=image, token_prompt=token.half())), tmp_path/'c.pth')
     load_visual(base, tmp_path/'c.pth')
@@ -217,9 +218,11 @@ def test_what_the_hub_cannot_hold_is_refused(tmp_path):
     card = hub.model_card(tmp_path/'m.safetensors', repo_id='me/x', licence='mit')
     assert 'No numbers' in card and 'No evaluation' in card and 'base_model' not in card
     torch.save(dict(modules={}, params=dict(image_prompt=torch.zeros(1, 3, 32, 32))), tmp_path/'c.pth')
-    save_clip(load_visual(made('agft-test'), tmp_path/'c.pth'), tmp_path/'p.safetensors')
+    save_clip(load_visual(made('agft-test-quickgelu'), tmp_path/'c.pth'), tmp_path/'p.safetensors')
     with pytest.raises(AgftError, match='pixels'): hub.export_folder(tmp_path/'p.safetensors', tmp_path/'out', repo_id='me/x', licence='mit')
     assert not (tmp_path/'out').exists()
+    write_json(tmp_path/'demo.json', dict(CLIP={}, about=dict(command='agft demo')))
+    with pytest.raises(AgftError, match='demo.json'): hub.model_card(tmp_path/'m.safetensors', repo_id='me/x', licence='mit', results=tmp_path/'demo.json')
 
 
 def test_a_model_from_a_hub_is_tuned_and_comes_back_tuned(tmp_path):
@@ -251,7 +254,7 @@ def four(size):
     z, classes = np.load(packs_dir()/'imagenet_sample1k.npz'), read_json(packs_dir()/'imagenet_sample1k.json')['classes']
     blob, offsets = z['blob'], z['offsets']
     files = [blob[offsets[i]:offsets[i + 1]].tobytes() for i in range(4)]
-    return torch.stack([torch.as_tensor(decode(f, size)) for f in files]), tuple(str(classes[y]) for y in z['labels'][:4])
+    return torch.stack([torch.tensor(decode(f, size)) for f in files]), tuple(str(classes[y]) for y in z['labels'][:4])
 
 
 @pytest.mark.slow
@@ -272,8 +275,7 @@ def test_full_size(tmp_path, name, capsys):
         (tmp_path/file).unlink()
     save_clip(clip, tmp_path/'m.safetensors')
     again = open_clip.create_model_and_transforms(name, pretrained=str(tmp_path/'m.safetensors'))[0]
-    x = pictures(clip)
-    assert torch.equal(clip.logits(x, clip.encode_text(TEXTS)), open_logits(again, clip, x).contiguous()) or same_logits(clip, again) is None
+    same_logits(clip, again)
     del first, again, state
     images, names = four(clip.size[0])
     task = Task('photographs' if packs_dir() else 'noise', images, torch.arange(4), names, ('a photo of a {}',))
