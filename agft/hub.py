@@ -8,7 +8,6 @@ __all__ = ['snippet', 'model_card', 'export_folder', 'push_to_hub']
 # %% ../nbs/17_hub.ipynb #a3cc2875
 import json, shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from .clip import SMALL, checkpoint_info, load_clip  # before open_clip: it makes torchvision importable
 import open_clip
 from huggingface_hub import HfApi
@@ -101,16 +100,13 @@ def export_folder(
     return folder
 
 def push_to_hub(
-    checkpoint:str|Path,   # a file that `save_clip` wrote
+    folder:str|Path,       # of `export_folder`
     repo_id:str,           # OWNER/NAME
     private:bool=False,
     token:str|None=None,   # None is the one that huggingface_hub keeps
-    **card,                # of `model_card`: licence, base_model, results
 )->str:                    # the name under which open_clip loads it
     "Upload a model: weights, configuration and card."
-    with TemporaryDirectory() as folder:
-        export_folder(checkpoint, folder, repo_id=repo_id, **card)
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message='Upload with agft')
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message='Upload with agft')
     return f'hf-hub:{repo_id}'

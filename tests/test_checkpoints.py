@@ -243,7 +243,8 @@ def test_push_uploads_the_folder(tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path, **kw): seen.append((repo_id, sorted(os.listdir(folder_path))))
     monkeypatch.setattr(hub, 'HfApi', Api)
     save_clip(made('agft-test'), tmp_path/'m.safetensors')
-    assert hub.push_to_hub(tmp_path/'m.safetensors', 'me/x', token='t', licence='mit') == 'hf-hub:me/x'
+    folder = hub.export_folder(tmp_path/'m.safetensors', tmp_path/'out', repo_id='me/x', licence='mit')
+    assert hub.push_to_hub(folder, 'me/x', token='t') == 'hf-hub:me/x'
     assert seen == ['t', ('me/x', dict(private=False, exist_ok=True)),
                     ('me/x', ['README.md', 'open_clip_config.json', 'open_clip_model.safetensors'])]
 
@@ -287,3 +288,23 @@ def test_full_size(tmp_path, name, capsys):
     loss.backward()
     torch.optim.SGD(student.model.visual.parameters(), lr=1e-3).step()
     assert torch.isfinite(loss) and numbers['zero_grad'] < 1 and fingerprint(clip) == before != fingerprint(student)
+
+
+def test_one_string_names_architecture_weights_and_image_encoder(tmp_path):
+    save_clip(made('agft-test'), tmp_path/'m.safetensors')
+    model = load_clip(f'agft-test@{tmp_path/"m.safetensors"}')
+    assert fingerprint(model) == fingerprint(load_clip('agft-test', tmp_path/'m.safetensors'))
+    torch.save({k: v + .1 for k, v in model.model.visual.state_dict().items()}, tmp_path/'theirs.pt')
+    both = load_clip(f'agft-test@{tmp_path/"m.safetensors"}@{tmp_path/"theirs.pt"}')
+    assert torch.allclose(both.model.visual.proj, model.model.visual.proj + .1) and torch.equal(both.model.text_projection, model.model.text_projection)
+
+
+def test_bf16_encoder_keeps_gradients(tmp_path):
+    model, x = made('agft-test'), torch.rand(2, 3, 32, 32, generator=seeded('x'))
+    plain = model.encode_image(x)
+    model.precision = 'bf16'
+    x.requires_grad_()
+    fast = model.encode_image(x)
+    assert fast.dtype == torch.float32 and not torch.equal(fast, plain) and (fast*plain).sum(1).min() > .999
+    fast[:, 0].sum().backward()
+    assert (x.grad != 0).float().mean() > .9

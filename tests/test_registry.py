@@ -6,8 +6,10 @@ from PIL import Image
 from scipy.io import savemat
 from agft import registry
 from agft.cli import main
-from agft.core import AgftError
+from agft.core import AgftError, load_preset, presets, write_json
 from agft.data import load_task
+from agft.methods import method
+import open_clip   # after agft: it makes torchvision importable
 from agft.registry import DATA_SETS, PAPER15, classes_of, data_report, digest, listing, pack, pictures_of, templates_of
 
 
@@ -283,3 +285,37 @@ def test_a_folder_of_your_own(tmp_path):
     with pytest.raises(AgftError, match='unknown task'): load_task(str(tmp_path/'nowhere'))
     (tmp_path/'bare').mkdir()
     with pytest.raises(AgftError, match='0 subfolders'): load_task(str(tmp_path/'bare'))
+
+
+def test_the_papers_table_from_one_command(tmp_path, capsys, monkeypatch):
+    "All fifteen data sets, the paper's preset, a small encoder in place of ViT-B/32."
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path/'data'
+    for name in PAPER15: layout(name, data)
+    for c in classes_of('imagenet')[0][:1000]: put(data/'imagenet/train'/c/'a.JPEG')
+    preset = load_preset('vit_b32_imagenet')
+    preset['model'] = 'agft-tiny'
+    preset['train'].update(batch_size=8, steps=2, every=1)
+    write_json('mine.json', preset)
+    assert main('train --preset mine.json --method AGFT --data data --out run --dry-run'.split()) == 0
+    said = capsys.readouterr().out
+    assert 'pictures  900' in said and 'hours' in said and not Path('run').exists()             # a tenth is held out
+    assert main('train --preset mine.json --method AGFT --data data --out run'.split()) == 0
+    line = 'eval run/model.safetensors --preset mine.json --data data --tasks paper15 --threats clean,pgd20 --eps 1/255 --n 2 --out eval'
+    assert main(line.split()) == 0
+    found = json.loads(Path('eval/results.json').read_text())['pgd20 1/255']
+    assert [*found] == ['imagenet', *(t for t in PAPER15 if t != 'imagenet'), 'zero-shot mean', 'mean of all']
+    robust = {t: found[t]['robust'] for t in PAPER15}
+    assert found['mean of all']['robust'] == pytest.approx(np.mean([*robust.values()]))
+    assert found['zero-shot mean']['robust'] == pytest.approx(np.mean([v for t, v in robust.items() if t != 'imagenet']))
+    assert main(line.replace('--data data', '').replace('--out eval', '--out other').split()) == 2 and 'with a data folder' in capsys.readouterr().err
+
+
+def test_presets_name_models_tags_methods_and_sets_that_exist():
+    for name in presets():
+        p = load_preset(name)
+        model, _, tag = p['model'].partition('@')
+        assert model in open_clip.list_models() and (not tag or tag in open_clip.list_pretrained_tags_by_model(model))
+        assert open_clip.get_pretrained_cfg(model, tag).get('quick_gelu', False) == model.endswith('quickgelu') if tag else True
+        for m, s in p['methods'].items(): method(m, **{k: v for k, v in s.items() if k != 'lr' and v is not None})
+        if 'bench' not in p: assert {p['source'], *p['zero_shot']} == {*PAPER15}
