@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PERCENT', 'demo', 'page', 'examples', 'configured', 'train', 'evaluate_checkpoint', 'audit_checkpoint', 'public_data',
-           'there', 'export', 'parser', 'main']
+           'export', 'parser', 'main']
 
 # %% ../nbs/18_cli.ipynb #c14fab40
 import argparse, sys, time
@@ -14,7 +14,7 @@ import torch
 from . import __version__
 from .attack import broken, pixels
 from .audit import audit, audit_figure, audit_markdown
-from .clip import ZeroShotCLIP, fingerprint, load_clip
+from .clip import ZeroShotCLIP, fingerprint, load_clip, read_notes
 from .core import AgftError, check, claim, load_preset, pick_device, presets, seeded, write_json
 from .data import Task
 from .bench import bench, compare, students, summaries, test_tasks, threats_of, tune
@@ -22,7 +22,7 @@ from .evaluate import MEAN, evaluate_threats, summarise
 from .hub import export_folder, push_to_hub
 from .methods import METHODS
 from .pretrain import pretrain
-from .registry import DATA_SETS, PAPER15, classes_of, data_report, data_set, digest, fetch, listing, pack, packed
+from .registry import DATA_SETS, PAPER15, Missing, classes_of, data_report, data_set, digest, fetch, pack
 from .report import aligned, html_report, machine, markdown_table, pareto, task_bars
 from .show import Figure, show_attack
 from .threat import THREATS, Threat, threat
@@ -79,7 +79,7 @@ def examples(
 )->Figure:
     "The first pictures of a task that the model gets right, what the attack adds to them, and what the model makes of both."
     head, dev = model.head(task.classes, task.templates), model.mean.device
-    logits_fn, x, y = lambda x: model.logits(x, head), task.images.to(dev) / 255, task.labels.to(dev)
+    logits_fn, x, y = lambda x: model.logits(x, head), task.images[:].to(dev) / 255, task.labels.to(dev)
     at = broken(logits_fn, x, y).int().argsort(stable=True)[:n]     # right ones first: an attack has nothing to do on the others
     x_adv = threat(logits_fn, x[at], y[at], seeded(0, 'examples'))
     with torch.no_grad(): named = [[fill(task.classes[i], 11) for i in logits_fn(v).argmax(1)] for v in (x[at], x_adv)]
@@ -138,20 +138,22 @@ def evaluate_checkpoint(
     found = {t.label: t for name in (threats or cfg['eval']['threat']).split(',') for e in radii for t in [threat(name, e, norm)]}
     check(n is None or n > 0, f'n is {n}; allowed: 1 or more')
     named = [cfg['source'], *cfg['zero_shot']] if tasks is None else [*PAPER15] if tasks == 'paper15' else tasks.split(',')
-    named.sort(key=lambda t: t != cfg['source'])                             # the source task first
-    source = named[0] == cfg['source']
+    model = load_clip(checkpoint, resize=cfg.get('resize')).to(dev)
+    tuned_on = read_notes(checkpoint).get('source', cfg['source'])
+    named.sort(key=lambda t: t != tuned_on)                                  # the source task first
+    source = named[0] == tuned_on
     whole = [task_of(cfg, t, n or cfg['eval']['images']) for t in named]
-    model = load_clip(checkpoint).to(dev)
     out = claim(out, dict(command='eval', checkpoint=str(checkpoint), model=fingerprint(model), preset=preset, threats=[*found], n=n,
-                          seed=seed, **({} if tasks is None else dict(tasks=named)), **({} if prompts is None else dict(prompts=prompts))))
+                          seed=seed, tasks={t.name: t.digest() for t in whole}))
     rows = evaluate_threats(model, whole, out/'flags', list(found.values()), seed)
-    results = {label: summarise([flags], source) for label, flags in rows.items()}
-    if source and len(whole) > 1:
-        for label, flags in rows.items(): results[label]['mean of all'] = summarise([flags], False)[MEAN]
+    results = {}
+    for label, flags in rows.items():
+        everything = summarise([flags], False)
+        results[label] = (summarise([flags]) if source else {t: everything[t] for t in flags}) | {'mean of all': everything[MEAN]}
     chosen = [f'--{k} {v}' for k, v in dict(tasks=tasks, prompts=prompts).items() if v]
-    results['about'] = dict(command=' '.join(['agft eval', str(checkpoint), '--preset', preset, *chosen, '--threats',
-                                              ','.join(dict.fromkeys(t.name for t in found.values())), '--eps',
-                                              eps or ','.join(cfg['eval']['eps']), '--norm', norm, '--seed', str(seed)]),
+    line = ['agft eval', str(checkpoint), '--preset', preset, *chosen, '--threats', ','.join(dict.fromkeys(t.name for t in found.values())),
+            '--eps', eps or ','.join(cfg['eval']['eps']), '--norm', norm, '--seed', str(seed)]
+    results['about'] = dict(tasks={t.name: t.digest() for t in whole}, command=' '.join(line),
                             threat='; '.join(t.describe([k.resolution for k in whole]) for t in found.values()), machine=machine(dev),
                             seconds=round(time.time() - began, 1))
     write_json(out/'results.json', results)
@@ -168,20 +170,21 @@ def audit_checkpoint(
     norm:str='Linf',        # Linf or L2
     n:int=50,               # pictures
     seed:int=0,
+    data:str|None=None, prompts:str|None=None, # as `configured` takes them
     device:str='auto',
 )->list:                    # the verdicts
     "Audit PGD-20 against one model on the source task of a preset."
-    began, cfg, dev = time.time(), load_preset(preset), pick_device(device)
+    began, cfg, dev = time.time(), configured(preset, data, prompts), pick_device(device)
     eps = eps or cfg['eval']['eps'][0]
     radius = pixels(eps, norm)
     check(n > 0, f'n is {n}; allowed: 1 or more')
     check(radius > 0, f'eps is {eps}; allowed: above 0')
-    model = load_clip(checkpoint).to(dev)
+    model = load_clip(checkpoint, resize=cfg.get('resize')).to(dev)
     out = claim(out, dict(command='audit', checkpoint=str(checkpoint), model=fingerprint(model), preset=preset, eps=eps, norm=norm, n=n,
                           seed=seed))
     task = task_of(cfg, cfg['source'], n)
     head = model.head(task.classes, task.templates)
-    verdicts = audit(lambda x: model.logits(x, head), task.images.to(dev)/255, task.labels.to(dev), radius, norm, seed=seed)
+    verdicts = audit(lambda x: model.logits(x, head), task.images[:].to(dev)/255, task.labels.to(dev), radius, norm, seed=seed)
     about = dict(command=f'agft audit {checkpoint} --preset {preset} --eps {eps} --norm {norm} --n {n} --seed {seed}', task=task.name, n=n,
                  version=__version__, machine=machine(dev), seconds=round(time.time() - began, 1))
     write_json(out/'audit.json', dict(verdicts={v.name: dict(ok=v.ok, finding=v.finding) for v in verdicts}, about=about))
@@ -196,31 +199,28 @@ def public_data(
     what:str,               # list, check, get or pack
     folder:str|None=None,   # data folder; `list` needs none
     sets:str|None=None,     # names with commas between them, or paper15; None is all
+    split:str|None=None,    # train or test; None is both, for `pack` the test split
+    quick:bool=False,       # `check` does not decode the pictures
 )->list[dict]:              # rows of the table that is printed
-    "List the registry; check, download or pack what is in a data folder."
+    "List the registry; check, download or pack what is in a data folder. One set that fails does not stop the others."
     names = [*DATA_SETS] if sets is None else [*PAPER15] if sets == 'paper15' else sets.split(',')
-    known, rows = {name: data_set(name) for name in names}, []
+    known, splits = {name: data_set(name) for name in names}, (split,) if split else ('train', 'test')
     check(what == 'list' or folder is not None, f'agft data {what} needs a data folder')
-    if what == 'list': rows = [dict(name=k, title=d.title, classes=len(classes_of(k)[0]), pixels=d.size, **{s: d.counts.get(s, '') for s in
-                               ('train', 'test')}, names=digest(k), where=d.where, how=d.how) for k, d in known.items()]
-    if what == 'check': rows = data_report(Path(folder), names)
-    for name, d in known.items():
-        if what == 'get': fetch(Path(folder), name)
-        if what == 'pack':
-            splits = [s for s in d.counts if there(folder, name, s, sets)]
-            rows += [dict(name=name, split=s, pack=str(pack(Path(folder), name, s))) for s in splits]
-    print(aligned([[*rows[0]], *([str(v) for v in r.values()] for r in rows)]) if rows else 'done')
+    def attempt(name, split, f):
+        try: return dict(name=name, split=split, state=str(f()))
+        except AgftError as e:
+            absent = sets is None and isinstance(e, Missing)                  # nobody asked for it by name
+            return dict(name=name, split=split, state='absent' if absent else f'failed: {e}')
+    if what == 'list':
+        rows = [dict(name=k, title=d.title, classes=len(classes_of(k)[0]), pixels=d.size, train=d.counts.get('train', ''),
+                     test=d.counts['test'], names=digest(k), **(dict(where=d.where, how=d.how) if sets else {})) for k, d in known.items()]
+    elif what == 'check': rows = data_report(Path(folder), names, splits, not quick)
+    elif what == 'get': rows = [attempt(k, split or 'all', lambda: fetch(Path(folder), k, splits) or 'there') for k in known]
+    else: rows = [attempt(k, s, lambda: pack(Path(folder), k, s)) for k, d in known.items() for s in (split or 'test',) if s in d.counts]
+    print(aligned([[*rows[0]], *([str(v) for v in r.values()] for r in rows)]))
+    bad = [r for r in rows if what != 'list' and not r['state'].startswith(('ok', 'packed', 'there', 'absent', str(folder)))]
+    check(not bad, f'{len(bad)} of {len(rows)} are not ready: {", ".join(dict.fromkeys(r["name"] for r in bad))}')
     return rows
-
-def there(
-    folder:str, name:str, split:str,   # as `listing` takes them
-    named:str|None,                    # the sets that the user named; None is all that are there
-)->bool:
-    "Is there something to pack? What was named and has no test split is an error."
-    try: return bool(packed(Path(folder), name, split) or listing(Path(folder), name, split))
-    except AgftError:
-        if named and split == 'test': raise
-        return False
 
 # %% ../nbs/18_cli.ipynb #8ac7fdec
 def export(
@@ -256,15 +256,15 @@ def parser()->argparse.ArgumentParser:
         c.add_argument('--prompts', choices=('paper', 'openai'), help="their sentences: one, or OpenAI's ensembles (default: paper)")
     c = command('demo', demo, 'fine-tune with every method, evaluate, report', 'agft_demo')
     c.add_argument('--seeds', type=int, default=1, help='runs of each method (default: 1)')
-    c = command('train', train, 'one adversarial fine-tuning run; continues an interrupted one')
-    c.add_argument('--method', required=True, help=', '.join(METHODS))
+    c = command('train', train, 'one adversarial fine-tuning run; continues an interrupted one', 'agft_train')
+    c.add_argument('--method', default='AGFT', help=f'{", ".join(METHODS)} (default: AGFT)')
     c.add_argument('--seed', type=int, default=0)
     c.add_argument('--lr', type=float, help="peak learning rate (default: the preset's)")
     c.add_argument('--part', default='encoder', help=f'what learns: {", ".join(PARTS)} (default: encoder)')
     c.add_argument('--steps', type=int, help="optimizer steps (default: the preset's)")
     c.add_argument('--dry-run', dest='dry', action='store_true', help='what the run would take, from a few measured steps')
     pictures(c)
-    c = command('eval', evaluate_checkpoint, 'zero-shot accuracy of one model, clean and under attack')
+    c = command('eval', evaluate_checkpoint, 'zero-shot accuracy of one model, clean and under attack', 'agft_eval')
     c.add_argument('checkpoint', help='a .safetensors checkpoint, agft-tiny, agft-photo, NAME@WEIGHTS of open_clip, or NAME@WEIGHTS@VISUAL')
     c.add_argument('--tasks', help="names with commas between them, or paper15 (default: the preset's)")
     c.add_argument('--threats', help=f"names with commas between them: {', '.join(THREATS)} (default: the preset's)".replace('%', '%%'))
@@ -279,10 +279,12 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('--norm', default='Linf', help='Linf or L2 (default: Linf)')
     c.add_argument('--n', type=int, default=50, help='pictures (default: 50)')
     c.add_argument('--seed', type=int, default=0)
+    pictures(c)
     command('tune', tune, "the learning rates of the demonstration's methods, by one rule on a validation split")
     c = command('bench', bench, 'every method under one protocol: tables, intervals, figures', 'agft_bench')
     c.add_argument('--quick', dest='fast', action='store_true', help='a cut-down protocol that shows the way in minutes')
-    c = sub.add_parser('export', help='a folder for the hub: weights that open_clip loads, configuration, card', description='Ready to upload.')
+    c = sub.add_parser('export', help='weights that open_clip loads, configuration and card in one folder',
+                       description='What the hub needs.')
     c.set_defaults(f=export)
     c.add_argument('checkpoint', help='a .safetensors checkpoint')
     c.add_argument('repo', help='OWNER/NAME on the hub')
@@ -296,6 +298,8 @@ def parser()->argparse.ArgumentParser:
     c.add_argument('what', choices=('list', 'check', 'get', 'pack'), help='the registry; what is there; download; decode once and for all')
     c.add_argument('folder', nargs='?', help='data folder')
     c.add_argument('--sets', help='names with commas between them, or paper15 (default: all)')
+    c.add_argument('--split', choices=('train', 'test'), help='default: both; for pack: test')
+    c.add_argument('--quick', action='store_true', help='check: count, and do not decode every picture')
     command('pretrain', pretrain, 'train a small encoder from scratch').add_argument('--seed', type=int, default=0)
     return p
 

@@ -256,12 +256,13 @@ def load_clip(
 )->ZeroShotCLIP:            # in eval mode, no parameter requires a gradient
     "Load a dual encoder from the package, from open_clip, from a hub or from a checkpoint."
     source, visual = str(source), []
-    if weights is None and '@' in source and not os.path.exists(source): source, weights, *visual = source.split('@', 2)
+    hub = source.startswith(('hf-hub:', 'local-dir:'))                        # where @ names a revision
+    if weights is None and '@' in source and not hub and not os.path.exists(source): source, weights, *visual = source.split('@', 2)
     if weights is None and source in SMALL: weights = asset(f'{source}.safetensors')
     elif weights is None and source.endswith('.safetensors'):
         check(os.path.isfile(source), f'checkpoint {source!r} does not exist')
         source, weights = checkpoint_info(source)['model'], source
-    check(weights is not None or source.startswith(('hf-hub:', 'local-dir:')), f'no weights named for {source!r}; allowed: a small model '
+    check(weights is not None or hub, f'no weights named for {source!r}; allowed: a small model '
           f'({", ".join(SMALL)}), a .safetensors checkpoint, or an open_clip name with a tag or file')
     model = new_clip(source, weights, resize)
     return load_visual(model, visual[0]) if visual else model

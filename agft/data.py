@@ -7,7 +7,7 @@ __all__ = ['TEMPLATES', 'MORE_TEMPLATES', 'PHOTO_PACKS', 'HELD_OUT', 'TASKS', 'c
            'held_out', 'load_task', 'batch_indices']
 
 # %% ../nbs/04_data.ipynb #41be0491
-import json, os, zipfile, zlib
+import hashlib, json, os, warnings, zipfile, zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import Tensor
 from .core import AgftError, asset, check, read_json, seeded
-from .registry import BROKEN, DATA_SETS, PAPER, Pictures, classes_of, decode, folder_of, pictures_of, templates_of
+from .registry import BROKEN, DATA_SETS, Pictures, classes_of, data_set, decode, folder_of, pictures_of, subfolders, templates_of
 from .world import SPLITS, WORLD_TASKS, world_task
 
 # %% ../nbs/04_data.ipynb #86c71289
@@ -59,7 +59,12 @@ class Task:
     def __len__(self): return len(self.labels)
     @property
     def resolution(self)->int: return self.images.shape[-1]
-    def prompts(self)->list[str]: return [self.templates[0].format(c) for c in self.classes]
+    def prompts(self)->list[str]: return [self.templates[0].replace('{}', c) for c in self.classes]
+
+    def digest(self)->str:  # hexadecimal
+        "A short hash of the question: names, sentences, resolution, and the labels in their order."
+        question = json.dumps([self.classes, self.templates, self.resolution, self.labels.tolist()])
+        return hashlib.sha256(question.encode()).hexdigest()[:12]
 
     def subset(self,
         n:int|None,     # how many; None is all
@@ -151,19 +156,23 @@ def held_out(
     mixed, k = torch.randperm(n, generator=seeded('held out')), min(HELD_OUT, n//10)
     return (mixed[:k] if split == 'val' else mixed[k:]).sort().values
 
-def _published(name:str, n:int|None, seed:int, split:str, root:Path, prompts:str, size:int|None)->Task:
+def _published(name:str, n:int|None, seed:int, split:str, root:Path, prompts:str|Sequence[str], size:int|None)->Task:
     x, y = pictures_of(Path(root), name, 'test' if split == 'test' else 'train', size)
+    published = data_set(name).counts['test' if split == 'test' else 'train']
+    if len(y) != published: warnings.warn(f'{name}: {len(y)} pictures in {root}; {published} were published')
     task = Task(name, x, y, classes_of(name)[1], templates_of(name, prompts))
     if split != 'test': task = task.choose(held_out(len(task), split))
     return task.subset(n, seed)
 
-def _own(folder:Path, n:int|None, seed:int, split:str, size:int|None)->Task:
+def _own(folder:Path, n:int|None, seed:int, split:str, prompts:str|Sequence[str], size:int|None)->Task:
     there = [s for s in SPLITS if (folder/s).is_dir()]
+    known = {s: subfolders(folder/s) for s in there}
+    check(len({*map(tuple, known.values())}) < 2, f'{folder}: {", ".join(there)} have different class folders')
     check(not there or split in there or split == 'val' and 'train' in there, f'{folder} has no split {split!r}; there: {", ".join(there)}')
     part = split if split in there else 'train' if there else '.'
     x, y, classes = folder_of(folder/part, size or 224)
-    task = Task(folder.resolve().name, x, y, classes, PAPER)
-    if split == 'val' and part == 'train' or split == 'train' and 'val' not in there: task = task.choose(held_out(len(task), split))
+    task = Task(folder.resolve().name, x, y, classes, templates_of(folder.name, prompts))
+    if split != 'test' and 'val' not in there: task = task.choose(held_out(len(task), split))
     return task.subset(n, seed)
 
 def load_task(
@@ -172,7 +181,7 @@ def load_task(
     seed:int=0,       # which pictures
     split:str='test', # train, val or test; a folder of your own may have a subfolder for each
     root:str|Path|None=None, # data folder with published data sets
-    prompts:str='paper',     # their sentences: the paper's one, or openai for its ensembles
+    prompts:str|Sequence[str]='paper', # the sentences of both: the paper's one, openai for its ensembles, or a list of your own
     size:int|None=None,      # pixels that photographs are brought to; None is the data set's own rule
 )->Task:
     "Make the task `name`."
@@ -182,7 +191,7 @@ def load_task(
     if name in TASKS: return TASKS[name](n, seed, split)
     check(Path(name).is_dir(), f'unknown task {name!r}; allowed: {", ".join(TASKS)}, a folder of your own, or with a data folder '
           f'{", ".join(DATA_SETS)}')
-    return _own(Path(name), n, seed, split, size)
+    return _own(Path(name), n, seed, split, prompts, size)
 
 # %% ../nbs/04_data.ipynb #38b14fea
 @lru_cache(maxsize=2)

@@ -102,11 +102,12 @@ def export_folder(
 def push_to_hub(
     folder:str|Path,       # of `export_folder`
     repo_id:str,           # OWNER/NAME
-    private:bool=False,
+    private:bool=False,    # nobody else sees it
     token:str|None=None,   # None is the one that huggingface_hub keeps
 )->str:                    # the name under which open_clip loads it
     "Upload a model: weights, configuration and card."
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message='Upload with agft')
+    api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message='Upload with agft',
+                      allow_patterns=['README.md', HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME])
     return f'hf-hub:{repo_id}'

@@ -222,12 +222,12 @@ class Run(NamedTuple):
     models:Models
     goal:TeCoA             # the method
     optimizer:dict         # settings of `fit`
-    load:Callable          # -> source task, training split
+    task:Task              # source task, training split
 
 def planned(
     preset:dict, name:str, seed:int=0, lr:float|None=None, steps:int|None=None, device:str='auto', # as `finetune` takes them
 )->Run:
-    "Check everything that can be checked before the pictures are read."
+    "Check everything that can be checked, and load what the run needs."
     cfg, lr = preset['train'], preset['methods'].get(name, {}).get('lr') if lr is None else lr
     method(name)                                                         # an unknown method is an error before anything is loaded
     part, precision = cfg.get('part', 'encoder'), cfg.get('precision', 'fp32')
@@ -238,7 +238,7 @@ def planned(
     if steps is not None: optimizer['steps'] = steps
     check_run(**optimizer)
     dev = pick_device(device)
-    teacher, student = load_clip(preset['model']).to(dev), load_clip(preset['model']).to(dev)
+    teacher, student = (load_clip(preset['model'], resize=preset.get('resize')).to(dev) for _ in range(2))
     teacher.precision = student.precision = precision
     settings = settings_of(preset, name, teacher)
     goal = method(name, **settings)
@@ -247,9 +247,9 @@ def planned(
     shown = {k: v for k, v in preset.get('data', {}).items() if k != 'root'}                 # wherever the pictures lie
     about = dict(model=preset['model'], teacher=fingerprint(teacher), source=preset['source'], method=name, **settings,
                  **{**cfg, **optimizer}, **shown, seed=seed)
-    first = task_of(preset, preset['source'], 1, 'train')
-    models = Models(student, teacher, teacher.head(first.classes, first.templates))
-    return Run(about, models, goal, optimizer, lambda: task_of(preset, preset['source'], cfg['images'], 'train'))
+    task = task_of(preset, preset['source'], cfg['images'], 'train')
+    if 'data' in preset: about['pictures'] = task.digest()
+    return Run(about, Models(student, teacher, teacher.head(task.classes, task.templates)), goal, optimizer, task)
 
 def loss_of(
     run:Run, task:Task, cache:Path|None=None, # of `planned`; as `adversarial_loss` takes them
@@ -272,7 +272,7 @@ def finetune(
     run = planned(preset, name, seed, lr, steps, device)
     out, student = claim(out, run.about), run.models.student
     cache = out/'teacher.pt'
-    fit(student, loss_of(run, run.load(), cache), out, **run.optimizer, desc=f'{name}, seed {seed}')
+    fit(student, loss_of(run, run.task, cache), out, **run.optimizer, desc=f'{name}, seed {seed}')
     assert fingerprint(run.models.teacher) == run.about['teacher'], 'the frozen teacher changed during training'
     save_clip(merged(student), out/'model.safetensors', **{k: v for k, v in read_json(out/'run.json').items() if k != 'model'})
     cache.unlink(missing_ok=True)
@@ -285,7 +285,7 @@ def dry_run(
 )->dict:                   # the plan and what it will take
     "Time a few steps of a run and estimate the rest; nothing is written."
     run = planned(preset, name, seed, lr, steps, device)
-    task, batch, dev = run.load(), run.about['batch_size'], run.models.head.device
+    task, batch, dev = run.task, run.about['batch_size'], run.models.head.device
     def timed(f):
         began = time.perf_counter()
         f()
@@ -294,7 +294,12 @@ def dry_run(
     few = task.choose(torch.arange(min(len(task), batch*(measured + 2))))
     ready = timed(lambda: run.goal.prepare(run.models.teacher, few.images)) / len(few) * len(task)
     loss_fn = loss_of(run, few)
-    step = statistics.median([timed(lambda: loss_fn(i)[0].backward()) for i in range(measured + 1)][1:])
+    opt = OPTIMIZERS[run.optimizer['optimizer']]([p for p in run.models.student.parameters() if p.requires_grad], 0.)  # at rate 0
+    def one(i):
+        opt.zero_grad()
+        loss_fn(i)[0].backward()
+        opt.step()
+    step = statistics.median([timed(lambda: one(i)) for i in range(measured + 1)][1:])
     gib = torch.cuda.max_memory_allocated(dev)/2**30 if dev.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
     n = run.about['steps']
     return dict(**{k: run.about[k] for k in ('model', 'source', 'method', 'lr', 'steps', 'batch_size')}, pictures=len(task),

@@ -5,6 +5,7 @@ import numpy as np, open_clip, pytest, torch, torch.nn.functional as F, yaml
 from safetensors.torch import save_file
 
 from agft import hub
+from agft.cli import main
 from agft.clip import check_gelu, fingerprint, load_clip, load_visual, new_clip, save_clip
 from agft.core import AgftError, asset, read_json, seeded, write_json
 from agft.data import Task, decode, packs_dir
@@ -308,3 +309,11 @@ def test_bf16_encoder_keeps_gradients(tmp_path):
     assert fast.dtype == torch.float32 and not torch.equal(fast, plain) and (fast*plain).sum(1).min() > .999
     fast[:, 0].sum().backward()
     assert (x.grad != 0).float().mean() > .9
+
+
+def test_export_is_one_command(tmp_path, capsys):
+    save_clip(made('agft-test'), tmp_path/'m.safetensors', method='AGFT')
+    line = ['export', str(tmp_path/'m.safetensors'), 'me/x', '--licence', 'mit', '--out', str(tmp_path/'out')]
+    assert main(line) == 0 and f'local-dir:{tmp_path/"out"}' in capsys.readouterr().out
+    assert fingerprint(load_clip(f'local-dir:{tmp_path/"out"}')) == fingerprint(load_clip(tmp_path/'m.safetensors'))
+    assert main([*line[:1], str(tmp_path/'none.safetensors'), *line[2:]]) == 2
