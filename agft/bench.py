@@ -341,6 +341,7 @@ def bench(
     check('bench' in cfg, f'preset {preset!r} has no bench protocol')
     if fast: cfg = quick(cfg)
     part, original = cfg['bench'], load_clip(cfg['model'])
+    budgets = {k: [threat(name, pixels(e)) for name in part[k]['threats'] for e in part[k]['eps']] for k in ('sweep', 'strong', 'unseen')}
     out = claim(out, dict(command='bench', preset=cfg, teacher=fingerprint(original), version=__version__))
     lrs = {m: dict(best=s['lr'], scores={}) for m, s in cfg['methods'].items()} if fast else tuned(cfg, cfg['methods'], out, device)
     for name, s in cfg['methods'].items(): s['lr'] = lrs[name]['best']
@@ -350,9 +351,7 @@ def bench(
     def rows(section, models, threats, n): return compare(models, tasks(n), threats, out/section, dev)
     main = rows('main', models, threats, part['images'])
     found = dict(protocol=cfg, lr=lrs, main=summaries(main, brief=False), paired={label: differences(f) for label, f in main.items()})
-    for k in ('sweep', 'strong', 'unseen'):
-        budgets = [threat(name, pixels(e)) for name in part[k]['threats'] for e in part[k]['eps']]
-        found[k] = summaries(rows(k, {(m, 0): s for m, s in first.items()}, budgets, part[k]['images']))
+    for k, attacks in budgets.items(): found[k] = summaries(rows(k, {(m, 0): s for m, s in first.items()}, attacks, part[k]['images']))
     found['ablation'] = summaries(rows('ablation', ablation_students(cfg, out, device), threats[:1], part['ablation']['images']))
     mixed = mixtures(cfg, out, {m: s for m, s in first.items() if m != 'CLIP'})
     found['weights'] = curves_of(cfg, summaries(rows('weights', mixed, threats[:1], part['weights']['images']))[threats[0].label])

@@ -77,11 +77,12 @@ def test_killed_anywhere_it_ends_with_the_same_numbers(cut, tmp_path, monkeypatc
     assert without_times(parts) == without_times(whole)
 
 
-def test_a_run_that_diverges_scores_lowest(cut, tmp_path):
+def test_from_runs_that_diverge_the_climb_goes_down(cut, tmp_path):
     cfg = cut('tiny')
     cfg['methods'], cfg['tune']['ladder'] = {'TeCoA': {'scale': None, 'lr': 1e6}}, [1e5, 1e7]
-    scores = module.tuned(cfg, ['TeCoA'], tmp_path, 'cpu')['TeCoA']['scores']
-    assert len(scores) == 3 and all(s['clean'] == 0 and ('not finite' in s['diverged'] or 'lower lr' in s['diverged']) for s in scores.values())
+    found = module.tuned(cfg, ['TeCoA'], tmp_path, 'cpu')['TeCoA']
+    scores = found['scores']
+    assert found['best'] == 1e5 and len(scores) == 4 and all(s['clean'] == 0 and ('not finite' in s['diverged'] or 'lower lr' in s['diverged']) for s in scores.values())
 
 
 def test_every_preset_has_a_whole_protocol():
@@ -91,7 +92,8 @@ def test_every_preset_has_a_whole_protocol():
         for m in p['methods'].values(): module.neighbours(m['lr'])
         assert all(p['tune']['ladder'][0] <= m['lr'] <= p['tune']['ladder'][1] for m in p['methods'].values())
         for part in ('sweep', 'strong', 'unseen'):
-            for t in p['bench'][part]['threats']: module.threat(t, .01)
+            for t in p['bench'][part]['threats']:
+                for e in p['bench'][part]['eps']: module.threat(t, module.pixels(e))
 
 
 def test_quick_keeps_every_part():

@@ -58,7 +58,7 @@ def test_no_training_picture_is_a_test_picture(made_packs):
 
 @pytest.mark.skipif(packs_dir() is None, reason='the real photographs are not here (AGFT_DATA)')
 def test_shipped_photo_encoder_is_a_zero_shot_model():
-    "Far above chance on classes and pictures that it never trained on; the recorded numbers are in results/photo.json."
+    "Far above chance on classes and pictures that it never trained on; the recorded numbers are in results/bench_photo.json."
     model, task = load_clip('agft-photo'), load_task('cifar10', 500)
     with torch.no_grad(): right = model.logits(task.images/255, model.head(task.classes, task.templates)).argmax(1) == task.labels
     assert right.float().mean() > .37

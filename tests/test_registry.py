@@ -383,3 +383,16 @@ def test_presets_name_models_tags_methods_and_sets_that_exist():
         assert open_clip.get_pretrained_cfg(model, tag).get('quick_gelu', False) == model.endswith('quickgelu') if tag else True
         for m, s in p['methods'].items(): method(m, **{k: v for k, v in s.items() if k != 'lr' and v is not None})
         if 'bench' not in p: assert {p['source'], *p['zero_shot']} == {*PAPER15}
+
+
+def test_a_folder_of_your_own_is_audited(tmp_path):
+    drawn = load_task('things', 40)
+    for i, (x, y) in enumerate(zip(drawn.images, drawn.labels)):
+        f = io.BytesIO()
+        Image.fromarray(x.permute(1, 2, 0).numpy()).save(f, 'PNG')
+        put(tmp_path/'mine'/drawn.classes[y]/f'{i}.png', f.getvalue())
+    own = load_task(str(tmp_path/'mine'), size=32, prompts=drawn.templates)
+    assert {x.numpy().tobytes() for x in own.images[:]} == {x.numpy().tobytes() for x in drawn.images}
+    write_json(tmp_path/'mine.json', load_preset('tiny') | dict(source=str(tmp_path/'mine'), data=dict(size=32, prompts=drawn.templates)))
+    assert main(['audit', 'agft-tiny', '--preset', str(tmp_path/'mine.json'), '--n', '4', '--out', str(tmp_path/'audit')]) == 0
+    assert (tmp_path/'audit/audit.html').is_file()
