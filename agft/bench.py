@@ -6,7 +6,7 @@
 __all__ = ['side_by_side', 'neighbours', 'climb', 'test_tasks', 'threats_of', 'climbed', 'tuned', 'run_folder', 'trained', 'tune',
            'student', 'students', 'flags_of', 'compare', 'summaries', 'differences', 'similarities', 'Asked',
            'calibration_of', 'embedding_of', 'cost_of', 'cell', 'quick', 'ablation_students', 'mixtures', 'curves_of',
-           'bench', 'inner_life', 'bench_page']
+           'bench', 'inner_life', 'robust_table', 'bench_page']
 
 # %% ../nbs/16_bench.ipynb #19fddd93
 import copy, math, statistics, time, warnings
@@ -24,10 +24,9 @@ from .clip import fingerprint, interpolate, load_clip, save_clip
 from .core import NotFinite, check, claim, load_preset, pick_device, read_json, seeded, write_json
 from .data import Task
 from .evaluate import MEAN, evaluate_tasks, evaluate_threats, paired, summarise
-from .methods import Models, method
 from .report import hypervolume, html_report, machine, method_table, pareto, rows_table, task_bars
 from .threat import Threat, threat
-from .train import adversarial_loss, finetune, read_log, settings_of, task_of
+from .train import finetune, loss_of, planned, read_log, settings_of, task_of
 
 # %% ../nbs/16_bench.ipynb #side0002
 def side_by_side(
@@ -247,14 +246,11 @@ def cost_of(
     rounds:int=5,
 )->dict[str, dict]:          # method -> {ratio, low, high, milliseconds, peak_mib or None}
     "Time and memory of a training step of every method, relative to TeCoA."
-    train, task = cfg['train'], task_of(cfg, cfg['source'], 2*cfg['train']['batch_size'], 'train')
-    steps, seconds, peak = {}, {}, {}
+    few, steps, seconds, peak = copy.deepcopy(cfg), {}, {}, {}
+    few['train']['images'] = 2*cfg['train']['batch_size']
     for name in cfg['methods']:
-        teacher, student = load_clip(cfg['model']).to(device), load_clip(cfg['model']).to(device)
-        student.model.visual.requires_grad_(True)
-        models = Models(student, teacher, teacher.head(task.classes, task.templates))
-        steps[name] = adversarial_loss(models, method(name, **settings_of(cfg, name, teacher)), task, pixels(train['eps']),
-                                       pixels(train['pgd_step']), train['pgd_steps'], train['batch_size'])
+        run = planned(few, name, device=str(device))
+        steps[name] = loss_of(run, run.task)
     for r in range(rounds + 1):                                               # round 0 warms up
         for name, loss_fn in steps.items():
             if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device); torch.cuda.synchronize(device)
@@ -382,18 +378,23 @@ def inner_life(
     return dict(calibration=dict(zip(first, side_by_side(cell, cells, device))),
                 tsne=cell(out/'tsne.json', tsne), cost=cell(out/'cost.json', lambda: cost_of(cfg, device)))
 
+def robust_table(
+    section:dict,             # sweep, strong or unseen of the results
+)->str:                       # Markdown: a row for each threat, a column for each method
+    "Robust accuracy under many threats, zero-shot mean, percent."
+    return rows_table({k: {m: 100*v[MEAN]['robust'] for m, v in r.items()} for k, r in section.items()}, first='threat')
+
 def bench_page(
     found:dict,               # results of `bench`
 )->str:
     "The report: every table, and the figures that need no model."
     label, results = next(iter(found['main'].items()))
-    per = lambda section: rows_table({k: {m: 100*v[MEAN]['robust'] for m, v in r.items()} for k, r in found[section].items()})
     tables = {f'{label}, percent, ± over seeds': method_table(results),
               'AGFT minus each other method, points, zero-shot mean, same pictures': rows_table(
                   {m: {k + end: 100*v for k in d for end, v in zip(('', ' low', ' high'), (d[k]['difference'], *d[k]['ci']))}
                    for m, d in found['paired'][label].items()})}
     for section, text in (('sweep', 'radii'), ('strong', 'strong attacks'), ('unseen', 'unseen attacks')):
-        tables[f'Zero-shot mean under {text}, robust, percent'] = per(section)
+        tables[f'Zero-shot mean under {text}, robust, percent'] = robust_table(found[section])
     ab = next(iter(found['ablation'].values()))
     tables['AGFT over γ and 1/τ, zero-shot mean, percent'] = rows_table(
         {k: {w: 100*e[MEAN][w] for w in ('clean', 'robust')} for k, e in ab.items()})

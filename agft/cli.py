@@ -18,7 +18,7 @@ from .clip import ZeroShotCLIP, fingerprint, load_clip, read_notes
 from .core import AgftError, check, claim, load_preset, pick_device, presets, seeded, write_json
 from .data import Task
 from .bench import bench, compare, students, summaries, test_tasks, threats_of, tune
-from .evaluate import MEAN, evaluate_threats, summarise
+from .evaluate import evaluate_threats, pooled, summarise
 from .hub import export_folder, push_to_hub
 from .methods import METHODS
 from .pretrain import pretrain
@@ -139,21 +139,22 @@ def evaluate_checkpoint(
     check(n is None or n > 0, f'n is {n}; allowed: 1 or more')
     named = [cfg['source'], *cfg['zero_shot']] if tasks is None else [*PAPER15] if tasks == 'paper15' else tasks.split(',')
     model = load_clip(checkpoint, resize=cfg.get('resize')).to(dev)
-    tuned_on = read_notes(checkpoint).get('source', cfg['source'])
+    tuned_on = (read_notes(checkpoint) if Path(checkpoint).is_file() else {}).get('source', cfg['source'])
     named.sort(key=lambda t: t != tuned_on)                                  # the source task first
     source = named[0] == tuned_on
     whole = [task_of(cfg, t, n or cfg['eval']['images']) for t in named]
+    asked = {t.name: t.digest() for t in whole}
     out = claim(out, dict(command='eval', checkpoint=str(checkpoint), model=fingerprint(model), preset=preset, threats=[*found], n=n,
-                          seed=seed, tasks={t.name: t.digest() for t in whole}))
+                          seed=seed, tasks=asked))
     rows = evaluate_threats(model, whole, out/'flags', list(found.values()), seed)
     results = {}
     for label, flags in rows.items():
-        everything = summarise([flags], False)
-        results[label] = (summarise([flags]) if source else {t: everything[t] for t in flags}) | {'mean of all': everything[MEAN]}
+        each = summarise([flags]) if source else {t: pooled([flags], [t]) for t in flags}
+        results[label] = each | {'mean of all': pooled([flags], [*flags])}
     chosen = [f'--{k} {v}' for k, v in dict(tasks=tasks, prompts=prompts).items() if v]
     line = ['agft eval', str(checkpoint), '--preset', preset, *chosen, '--threats', ','.join(dict.fromkeys(t.name for t in found.values())),
             '--eps', eps or ','.join(cfg['eval']['eps']), '--norm', norm, '--seed', str(seed)]
-    results['about'] = dict(tasks={t.name: t.digest() for t in whole}, command=' '.join(line),
+    results['about'] = dict(tasks=asked, command=' '.join(line),
                             threat='; '.join(t.describe([k.resolution for k in whole]) for t in found.values()), machine=machine(dev),
                             seconds=round(time.time() - began, 1))
     write_json(out/'results.json', results)

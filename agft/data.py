@@ -157,8 +157,8 @@ def held_out(
     return (mixed[:k] if split == 'val' else mixed[k:]).sort().values
 
 def _published(name:str, n:int|None, seed:int, split:str, root:Path, prompts:str|Sequence[str], size:int|None)->Task:
-    x, y = pictures_of(Path(root), name, 'test' if split == 'test' else 'train', size)
-    published = data_set(name).counts['test' if split == 'test' else 'train']
+    part = 'test' if split == 'test' else 'train'
+    (x, y), published = pictures_of(Path(root), name, part, size), data_set(name).counts[part]
     if len(y) != published: warnings.warn(f'{name}: {len(y)} pictures in {root}; {published} were published')
     task = Task(name, x, y, classes_of(name)[1], templates_of(name, prompts))
     if split != 'test': task = task.choose(held_out(len(task), split))

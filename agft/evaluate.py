@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'MEAN', 'evaluate_batch', 'evaluate', 'write_flags', 'read_flags', 'evaluate_tasks', 'evaluate_threats',
-           'together', 'resampled', 'bootstrap_ci', 'paired', 'summarise']
+           'together', 'resampled', 'bootstrap_ci', 'paired', 'pooled', 'summarise']
 
 # %% ../nbs/12_evaluate.ipynb #6159d5da
 import os, shutil, zipfile, zlib
@@ -156,19 +156,23 @@ def paired(
     return dict(difference=float(np.mean([g.mean() for g in gain])), ci=[float(q) for q in np.quantile(means, [.025, .975])],
                 p=float(min(1, 2*max(tail, 1/len(means)))))
 
-def summarise(
+def pooled(
     runs:Sequence[dict[str, dict]],  # one dict of task -> flags for each seed
-    source:bool=True,                # the first task is the one that the models were tuned on: not averaged in
-)->dict[str, dict]:                  # task -> {clean, robust, n, ci, spread, seeds, chance, zero_grad}; shares in [0,1]
-    "Mean over seeds with intervals over pictures and, for several seeds, the standard deviation over them; sources are not averaged in."
-    def entry(names):
-        per_seed = {k: [np.mean([r[t][k].mean() for t in names]) for r in runs] for k in ('clean', 'robust')}
-        return dict(**{k: float(np.mean(v)) for k, v in per_seed.items()}, n=sum(len(runs[0][t]['clean']) for t in names),
-                    ci={k: bootstrap_ci([np.mean([r[t][k] for r in runs], 0) for t in names]) for k in per_seed},
-                    spread={k: float(np.std(v, ddof=1)) if len(v) > 1 else None for k, v in per_seed.items()}, seeds=len(runs),
-                    chance=float(np.mean([runs[0][t]['chance'] for t in names])),
-                    zero_grad=float(max(r[t]['blind'].mean() for r in runs for t in names)))
-    names = list(runs[0])
-    return {**{t: entry([t]) for t in names}, MEAN: entry(names[source:])}
+    names:Sequence[str],             # tasks, all of one weight
+)->dict:                             # clean, robust, n, ci, spread, seeds, chance, zero_grad; shares in [0,1]
+    "Mean over tasks and seeds with intervals over pictures and, for several seeds, the standard deviation over them."
+    per_seed = {k: [np.mean([r[t][k].mean() for t in names]) for r in runs] for k in ('clean', 'robust')}
+    return dict(**{k: float(np.mean(v)) for k, v in per_seed.items()}, n=sum(len(runs[0][t]['clean']) for t in names),
+                ci={k: bootstrap_ci([np.mean([r[t][k] for r in runs], 0) for t in names]) for k in per_seed},
+                spread={k: float(np.std(v, ddof=1)) if len(v) > 1 else None for k, v in per_seed.items()}, seeds=len(runs),
+                chance=float(np.mean([runs[0][t]['chance'] for t in names])),
+                zero_grad=float(max(r[t]['blind'].mean() for r in runs for t in names)))
 
-MEAN = 'zero-shot mean'  # over all tasks but the source task
+def summarise(
+    runs:Sequence[dict[str, dict]],  # one dict of task -> flags for each seed, the first task the source
+)->dict[str, dict]:                  # task, and the mean without the source -> what `pooled` gives
+    "The numbers of every task and their zero-shot mean; sources are not averaged in."
+    names = list(runs[0])
+    return {**{t: pooled(runs, [t]) for t in names}, MEAN: pooled(runs, names[1:])}
+
+MEAN = 'zero-shot mean'  # over all tasks but the first, which is the source task: models were tuned on it

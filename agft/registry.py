@@ -286,37 +286,39 @@ class DataSet:
     size:int             # pixels that an attack sees
     read:Callable        # (data folder, split, classes) -> Listing
     where:str            # what belongs into the data folder
-    how:str              # torchvision class that downloads it, or what to do
+    manual:str=''        # what to do where torchvision has no download
+    @property
+    def how(self)->str:  # how to get it, in words
+        return self.manual or f'torchvision.datasets.{self.title}'
 
-_tv = 'torchvision.datasets.'
 def _in(folder, *ignore, test='val'): return partial(_classes, folder, ignore, test)
 _cifar10 = partial(_cifar, 'cifar-10-batches-py', dict(train=[f'data_batch_{i}' for i in range(1, 6)], test=['test_batch']), b'labels')
 _cifar100 = partial(_cifar, 'cifar-100-python', dict(train=['train'], test=['test']), b'fine_labels')
 
 DATA_SETS = dict(
     caltech101=DataSet('Caltech101', dict(test=8677), 224, _in('caltech101/101_ObjectCategories', 'BACKGROUND_Google'),
-                       'caltech101/101_ObjectCategories/CLASS/*.jpg', _tv + 'Caltech101'),
+                       'caltech101/101_ObjectCategories/CLASS/*.jpg'),
     caltech256=DataSet('Caltech256', dict(test=30607), 224, _in('caltech256/256_ObjectCategories'),
-                       'caltech256/256_ObjectCategories/NNN.CLASS/*.jpg', _tv + 'Caltech256'),
-    cifar10=DataSet('CIFAR10', dict(train=50000, test=10000), 32, _cifar10, 'cifar-10-batches-py/test_batch', _tv + 'CIFAR10'),
-    cifar100=DataSet('CIFAR100', dict(train=50000, test=10000), 32, _cifar100, 'cifar-100-python/test', _tv + 'CIFAR100'),
-    dtd=DataSet('DTD', dict(train=1880, test=1880), 224, _dtd, 'dtd/dtd/{images,labels}', _tv + 'DTD'),
-    eurosat=DataSet('EuroSAT', dict(test=27000), 224, _in('eurosat/2750'), 'eurosat/2750/CLASS/*.jpg', _tv + 'EuroSAT'),
-    fgvc_aircraft=DataSet('FGVCAircraft', dict(train=3334, test=3333), 224, _aircraft, 'fgvc-aircraft-2013b/data', _tv + 'FGVCAircraft'),
+                       'caltech256/256_ObjectCategories/NNN.CLASS/*.jpg'),
+    cifar10=DataSet('CIFAR10', dict(train=50000, test=10000), 32, _cifar10, 'cifar-10-batches-py/test_batch'),
+    cifar100=DataSet('CIFAR100', dict(train=50000, test=10000), 32, _cifar100, 'cifar-100-python/test'),
+    dtd=DataSet('DTD', dict(train=1880, test=1880), 224, _dtd, 'dtd/dtd/{images,labels}'),
+    eurosat=DataSet('EuroSAT', dict(test=27000), 224, _in('eurosat/2750'), 'eurosat/2750/CLASS/*.jpg'),
+    fgvc_aircraft=DataSet('FGVCAircraft', dict(train=3334, test=3333), 224, _aircraft, 'fgvc-aircraft-2013b/data'),
     flowers102=DataSet('Flowers102', dict(train=1020, test=6149), 224, _flowers,
-                       'flowers-102/{jpg,setid.mat,imagelabels.mat}', _tv + 'Flowers102'),
-    food101=DataSet('Food101', dict(train=75750, test=25250), 224, _food101, 'food-101/{images,meta}', _tv + 'Food101'),
+                       'flowers-102/{jpg,setid.mat,imagelabels.mat}'),
+    food101=DataSet('Food101', dict(train=75750, test=25250), 224, _food101, 'food-101/{images,meta}'),
     imagenet=DataSet('ImageNet', dict(train=1281167, test=50000), 224, _in('imagenet/{}'), 'imagenet/{train,val}/WNID/*.JPEG',
                      'register at image-net.org, put ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and '
                      'ILSVRC2012_devkit_t12.tar.gz into imagenet/, and let agft data get unpack and sort them'),
     oxford_pets=DataSet('OxfordIIITPet', dict(train=3680, test=3669), 224, _pets,
-                        'oxford-iiit-pet/{images,annotations}', _tv + 'OxfordIIITPet'),
-    pcam=DataSet('PCAM', dict(train=262144, test=32768), 224, _pcam, 'pcam/camelyonpatch_level_2_split_test_{x,y}.h5', _tv + 'PCAM'),
+                        'oxford-iiit-pet/{images,annotations}'),
+    pcam=DataSet('PCAM', dict(train=262144, test=32768), 224, _pcam, 'pcam/camelyonpatch_level_2_split_test_{x,y}.h5'),
     stanford_cars=DataSet('StanfordCars', dict(train=8144, test=8041), 224, _cars, 'stanford_cars/{cars_train,cars_test,devkit,'
                           'cars_test_annos_withlabels.mat}', 'its own site is gone: find the archives cars_train, cars_test, car_devkit '
                           'and cars_test_annos_withlabels.mat on a mirror and unpack them into stanford_cars'),
-    stl10=DataSet('STL10', dict(train=5000, test=8000), 96, _stl10, 'stl10_binary/{test_X,test_y}.bin', _tv + 'STL10'),
-    sun397=DataSet('SUN397', dict(test=108754), 224, _sun397, 'SUN397/LETTER/CLASS/sun_*.jpg', _tv + 'SUN397'),
+    stl10=DataSet('STL10', dict(train=5000, test=8000), 96, _stl10, 'stl10_binary/{test_X,test_y}.bin'),
+    sun397=DataSet('SUN397', dict(test=108754), 224, _sun397, 'SUN397/LETTER/CLASS/sun_*.jpg'),
     imagenet_a=DataSet('ImageNet-A', dict(test=7500), 224, _in('imagenet-a'), 'imagenet-a/WNID/*.jpg',
                        'unpack imagenet-a.tar of github.com/hendrycks/natural-adv-examples'),
     imagenet_r=DataSet('ImageNet-R', dict(test=30000), 224, _in('imagenet-r'), 'imagenet-r/WNID/*.jpg',
@@ -329,7 +331,7 @@ DATA_SETS = dict(
     tinyimagenet=DataSet('TinyImageNet', dict(train=100000, test=10000), 64, _tiny, 'tiny-imagenet-200/{train,val}',
                          'unpack tiny-imagenet-200.zip of cs231n.stanford.edu'),
     country211=DataSet('Country211', dict(train=31650, test=21100), 224, _in('country211/{}', test='test'),
-                       'country211/{train,test}/CODE/*.jpg', _tv + 'Country211'))
+                       'country211/{train,test}/CODE/*.jpg'))
 PAPER15 = tuple(DATA_SETS)[:15]  # the columns of the paper's tables; ImageNet among them is the training set
 
 # %% ../nbs/03_registry.ipynb #reg00020
@@ -353,8 +355,9 @@ def listing(
     try: found = from_tars(tars) if tars.is_dir() else entry.read(Path(root), split, classes)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise Missing(f'{name} is not in {root}: {e.filename} is missing; it belongs into {entry.where}; to get it: {entry.how}') from e
+    except AgftError: raise
     except (OSError, ValueError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as e:
-        raise e if isinstance(e, AgftError) else AgftError(f'{name} in {root} cannot be read: {e}') from e
+        raise AgftError(f'{name} in {root} cannot be read: {e}') from e
     n = len(found.labels)
     check(len(found.items) == n > 0, f'{name}, {split}, in {root}: {len(found.items)} pictures and {n} labels; allowed: as many of each')
     check(0 <= min(found.labels) and max(found.labels) < len(classes), f'{name}, {split}: labels range over [{min(found.labels)}, '
@@ -384,15 +387,15 @@ def pack(
     with FileLock(f'{part}.lock'):                       # of several processes, one packs and the others wait
         if out.is_dir(): return out
         found = listing(root, name, split)
-        n, read = len(found.labels), partial(found.decode, size=size)
+        n = len(found.labels)
+        pictures = Pictures(partial(found.decode, size=size), size, torch.arange(n))
         need, free = n*3*size**2, shutil.disk_usage(out.parent).free
         check(need < free, f'the pack of {name}, {split}, takes {need/2**30:.1f} GiB and {out.parent} has {free/2**30:.1f} GiB left')
         shutil.rmtree(part, ignore_errors=True)          # of a process that was killed
         part.mkdir()
         try:
             x = np.lib.format.open_memmap(part/'images.npy', 'w+', np.uint8, (n, 3, size, size))
-            for i in tqdm(range(0, n, 256), out.name, disable=None, leave=False):
-                x[i:i + 256] = np.stack([*_readers().map(read, range(i, min(i + 256, n)))])
+            for i in tqdm(range(0, n, 256), out.name, disable=None, leave=False): x[i:i + 256] = pictures[i:i + 256].numpy()
             x.flush()
             np.save(part/'labels.npy', np.array(found.labels, np.int64))
             write_json(part/'pack.json', dict(name=name, split=split, n=n, size=size, classes=digest(name)))
@@ -480,7 +483,7 @@ def fetch(
     splits:Sequence[str]=('train', 'test'),
 ):
     "Let torchvision download a set that it can, and unpack ImageNet; of several processes one does it and the others wait."
-    entry, words, root = data_set(name), data_set(name).how, Path(root)
+    entry, root = data_set(name), Path(root)
     import torchvision
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root/f'.{name}.lock'):
@@ -490,10 +493,10 @@ def fetch(
             how = {} if len(entry.counts) == 1 else dict(train=split == 'train') if name.startswith('cifar') else dict(
                 split={'oxford_pets': dict(train='trainval'), 'imagenet': dict(test='val')}.get(name, {}).get(split, split))
             archives = name == 'imagenet' and (root/'imagenet').is_dir()
-            check(words.startswith(_tv) or archives, f'{name} has no download; to get it: {words}; it belongs into {entry.where}')
+            check(not entry.manual or archives, f'{name} has no download; to get it: {entry.how}; it belongs into {entry.where}')
             try:
                 if archives: torchvision.datasets.ImageNet(str(root/'imagenet'), **how)
-                else: getattr(torchvision.datasets, words.removeprefix(_tv))(str(root), **how, download=True)
+                else: getattr(torchvision.datasets, entry.title)(str(root), **how, download=True)
             except TORN as e: raise AgftError(f'{name} does not download: {e}; find it on a mirror and put it into {entry.where}') from e
             n = len(listing(root, name, split).labels)
             check(n == entry.counts[split], f'{name}, {split}: {n} pictures came, {entry.counts[split]} were published; '

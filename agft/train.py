@@ -20,7 +20,7 @@ from tqdm import tqdm
 from .attack import pgd, pixels
 from .clip import ZeroShotCLIP, add_prompt, fingerprint, load_clip, save_clip
 from open_clip.modified_resnet import AttentionPool2d  # after agft: it makes torchvision importable
-from .core import AgftError, NotFinite, check, claim, pick_device, read_json, seeded
+from .core import AgftError, NotFinite, check, claim, free, pick_device, read_json, seeded
 from .data import Task, batch_indices, load_task
 from .methods import Batch, Models, TeCoA, method
 
@@ -269,14 +269,16 @@ def finetune(
     device:str='auto',
 )->ZeroShotCLIP:           # the robust student, also saved as `model.safetensors`
     "Fine-tune the image encoder of a preset's model adversarially."
+    free(Path(out))                                                      # before anything is loaded
     run = planned(preset, name, seed, lr, steps, device)
     out, student = claim(out, run.about), run.models.student
-    cache = out/'teacher.pt'
-    fit(student, loss_of(run, run.task, cache), out, **run.optimizer, desc=f'{name}, seed {seed}')
-    assert fingerprint(run.models.teacher) == run.about['teacher'], 'the frozen teacher changed during training'
-    save_clip(merged(student), out/'model.safetensors', **{k: v for k, v in read_json(out/'run.json').items() if k != 'model'})
+    cache, saved = out/'teacher.pt', out/'model.safetensors'
+    if not saved.exists():
+        fit(student, loss_of(run, run.task, cache), out, **run.optimizer, desc=f'{name}, seed {seed}')
+        assert fingerprint(run.models.teacher) == run.about['teacher'], 'the frozen teacher changed during training'
+        save_clip(merged(student), saved, **{k: v for k, v in read_json(out/'run.json').items() if k != 'model'})
     cache.unlink(missing_ok=True)
-    return student.requires_grad_(False)
+    return load_clip(saved).to(student.mean.device)
 
 # %% ../nbs/11_train.ipynb #dryrun02
 def dry_run(
@@ -287,21 +289,19 @@ def dry_run(
     run = planned(preset, name, seed, lr, steps, device)
     task, batch, dev = run.task, run.about['batch_size'], run.models.head.device
     def timed(f):
-        began = time.perf_counter()
-        f()
+        began, value = time.perf_counter(), f()
         if dev.type == 'cuda': torch.cuda.synchronize(dev)
-        return time.perf_counter() - began
+        return time.perf_counter() - began, value
     few = task.choose(torch.arange(min(len(task), batch*(measured + 2))))
-    ready = timed(lambda: run.goal.prepare(run.models.teacher, few.images)) / len(few) * len(task)
-    loss_fn = loss_of(run, few)
+    ready, loss_fn = timed(lambda: loss_of(run, few))                    # asks the frozen model about `few`
     opt = OPTIMIZERS[run.optimizer['optimizer']]([p for p in run.models.student.parameters() if p.requires_grad], 0.)  # at rate 0
     def one(i):
         opt.zero_grad()
         loss_fn(i)[0].backward()
         opt.step()
-    step = statistics.median([timed(lambda: one(i)) for i in range(measured + 1)][1:])
+    step = statistics.median([timed(lambda: one(i))[0] for i in range(measured + 1)][1:])
     gib = torch.cuda.max_memory_allocated(dev)/2**30 if dev.type == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
     n = run.about['steps']
     return dict(**{k: run.about[k] for k in ('model', 'source', 'method', 'lr', 'steps', 'batch_size')}, pictures=len(task),
                 epochs=round(n*batch/len(task), 2), milliseconds_a_step=round(1000*step, 1), images_a_second=round(batch/step),
-                peak_memory_gib=round(gib, 2), hours=round((ready + n*step)/3600, 2))
+                peak_memory_gib=round(gib, 2), hours=round((ready/len(few)*len(task) + n*step)/3600, 2))

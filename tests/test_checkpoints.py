@@ -1,7 +1,7 @@
 "Files of weights as other projects write them, each made here in its layout, and what agft writes for others."
 import json, os
 
-import numpy as np, open_clip, pytest, torch, torch.nn.functional as F, yaml
+import numpy as np, open_clip, pytest, torch, yaml
 from safetensors.torch import save_file
 
 from agft import hub
@@ -317,3 +317,9 @@ def test_export_is_one_command(tmp_path, capsys):
     assert main(line) == 0 and f'local-dir:{tmp_path/"out"}' in capsys.readouterr().out
     assert fingerprint(load_clip(f'local-dir:{tmp_path/"out"}')) == fingerprint(load_clip(tmp_path/'m.safetensors'))
     assert main([*line[:1], str(tmp_path/'none.safetensors'), *line[2:]]) == 2
+
+
+def test_weights_of_a_named_file_are_evaluated(tmp_path, capsys):
+    save_clip(load_clip('agft-tiny'), tmp_path/'m.safetensors')
+    line = f'eval agft-tiny@{tmp_path/"m.safetensors"} --tasks size --n 2 --threats fgsm --out {tmp_path/"out"}'
+    assert main(line.split()) == 0 and 'mean of all' in capsys.readouterr().out

@@ -4,7 +4,6 @@ import numpy as np, pytest
 from agft.bench import neighbours
 from agft.cli import main
 from agft.clip import checkpoint_info, fingerprint, load_clip
-from agft.core import load_preset
 
 
 def agft(*args, **kw):
@@ -115,6 +114,7 @@ def test_works_elsewhere_with_no_home_and_no_network(tmp_path):
     (['train', '--method', 'AGFT', '--out', 'FILE'], ['is a file']),
     (['train', '--method', 'AGFT', '--out', 'OTHER'], ['run.json']),
     (['train', '--method', 'AGFT', '--out', 'FILE/below'], ['cannot be written']),
+    (['train', '--method', 'AGFT', '--preset', 'photo', '--out', 'OTHER'], ['run.json']),
     (['train', '--method', 'AGFT', '--preset', 'photo', '--out', 'OUT'], ['AGFT_DATA']),
     (['demo', '--out', 'OUT', '--seeds', '0'], ['0', '1 or more']),
     (['eval', 'agft-tiny', '--out', 'OUT', '--eps', '4'], ["'4'", '4/255']),

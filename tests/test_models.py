@@ -3,7 +3,7 @@ import subprocess
 from pathlib import Path
 import pytest, torch
 from agft.attack import pixels
-from agft.clip import SMALL, load_clip
+from agft.clip import load_clip
 from agft.core import asset, load_preset, read_json
 from agft.data import load_task
 from agft.evaluate import evaluate
