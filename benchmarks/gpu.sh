@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 agft pretrain --preset photo --device cuda --out runs/photo_pretrain_gpu
-python benchmarks/train_step.py --model agft-photo --device cuda --out results/benchmark_train_step_gpu.json
+python benchmarks/train_step.py --preset photo --device cuda --out results/benchmark_train_step_gpu.json
 python benchmarks/attacks.py --device cuda --out results/benchmark_attacks_gpu.json
 agft demo --preset photo --seeds 3 --device cuda --out runs/photo_gpu
 python benchmarks/vit_b32.py --device cuda --out results/benchmark_vit_b32_gpu.json
