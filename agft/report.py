@@ -88,7 +88,7 @@ def task_bars(
 )->Figure:
     "Accuracy of every task and method with its 95 % interval."
     names, tasks = methods_of(results), list(next(iter(results.values())))
-    fig, ax = figure(size=(max(6, .8*len(tasks)), 2.5))
+    fig, ax = figure(size=(max(8, .8*len(tasks)), 2.5))
     bars({m: [100*results[m][t][kind] for t in tasks] for m in names}, tasks,
          ci={m: [tuple(100*c for c in results[m][t]['ci'][kind]) for t in tasks] for m in names},
          chance=[100*results[names[0]][t]['chance'] for t in tasks], ylabel=f'{kind} accuracy (%)', ax=ax)
