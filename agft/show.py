@@ -101,8 +101,8 @@ def bars(
     long = max(map(len, groups))>9
     ax.set_xticks(range(len(groups)), groups, rotation=30 if long else 0, ha='right' if long else 'center')
     ax.set(ylabel=ylabel, title=title)
-    fits = int(.75*ax.figure.get_figwidth())                           # names beside one another
-    ax.legend(ncols=min(len(values)+1, fits), loc='lower left', bbox_to_anchor=(0, 1.1 if title else 1.02), borderaxespad=0)
+    fits = max(1, int(.75*ax.figure.get_figwidth()))                   # names beside one another
+    ax.legend(ncols=fits, loc='lower left', bbox_to_anchor=(0, 1.1 if title else 1.02), borderaxespad=0)
     return ax.figure
 
 # %% ../nbs/01_show.ipynb #ac02257e
