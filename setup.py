@@ -14,4 +14,4 @@ setup(
     python_requires='>='+cfg['min_python'], install_requires=cfg['requirements'].split(),
     extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'lora', 'data')},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
-    packages=find_packages(include=['agft', 'agft.*']), package_data={'agft': ['assets/*', 'configs/*.json', 'presets/*.json']}, zip_safe=False)
+    packages=find_packages(include=['agft', 'agft.*']), package_data={'agft': ['py.typed', 'assets/*', 'configs/*.json', 'presets/*.json']}, zip_safe=False)

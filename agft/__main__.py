@@ -1,4 +1,5 @@
 import sys
+
 from agft.cli import main
 
 sys.exit(main())

@@ -1,109 +1,168 @@
-"""Our attacks against torchattacks' PGD and the official Auto-PGD of AutoAttack, side by side in one run.
+"""Our attacks against torchattacks' PGD and the official Auto-PGD of AutoAttack, measured in one run.
 
-    python benchmarks/attacks.py [--model agft-tiny] [--device cpu] [--rounds 3] [--images 32] [--out results/benchmark_attacks.json]
+    python benchmarks/attacks.py [--model agft-tiny] [--device cpu] [--rounds 3] [--images 32]
+                                 [--student CHECKPOINT] [--out results/benchmark_attacks.json]
 
-PGD-20 attacks the untuned model. Auto-PGD attacks a TeCoA student of the model's own preset (fine-tuned here first, unless --student
-names a checkpoint), at half the preset's eps and at that eps, where a share of the images survives, and at eight times that,
-where none does.
-Both sides have the same eps, steps and targets, and only images that are right clean.
-Rounds alternate between the sides, each with a random start of its own; the ratio of images a second is the median over rounds.
-Forwards are the images that went through the network, for each image attacked. Robust accuracy, from the returned pixels, is the mean
-over rounds. On a shared CPU set OMP_NUM_THREADS to the cores that are free, or threads that wait for each other hide everything else.
+PGD-20 attacks the untuned model. Auto-PGD attacks a TeCoA student at three radii: half of the preset's eps
+and the preset's eps, where some images stay robust, and eight times the preset's eps, where none does. The
+student is fine-tuned here with the model's own preset unless --student names a checkpoint.
+
+Both sides have the same eps, steps and targets, and only images that are correct clean. The rounds alternate
+between the sides. Each round has its own random start. The ratio of images a second is the median over the
+rounds. Forwards are the images that went through the network, for each image attacked. Robust accuracy is
+computed from the returned pixels and is the mean over the rounds. On a shared CPU, set OMP_NUM_THREADS to the
+number of free cores: threads that wait for each other hide all differences.
 """
-import argparse, json, statistics, tempfile, time
-import torch, torchattacks
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchattacks
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
-from agft.attack import apgd, apgd_targeted, broken, pgd, pixels
-from agft.clip import load_clip
-from agft.core import load_preset, seeded, write_json
+
+from agft.attack import apgd, apgd_targeted, misclassified
+from agft.config import load_preset
+from agft.core import seeded, write_json
 from agft.data import load_task
 from agft.report import machine
+from agft.threats import pgd20
 from agft.train import finetune
+from agft.weights import load_model
 
-STEPS, TARGETS = 100, 9     # of Auto-PGD
+STEPS, TARGETS = 100, 9  # of Auto-PGD
 
 
 class Classifier(torch.nn.Module):
-    "A model with a task's prompts; it counts the images that it is shown."
+    "A model with a task's prompts; it counts the images that pass through it."
     def __init__(self, clip, head):
         super().__init__()
-        self.clip, self.head, self.seen = clip, head, 0
+        self.clip, self.head, self.forwards = clip, head, 0
+
     def forward(self, x):
-        self.seen += len(x)
+        self.forwards += len(x)
         return self.clip.logits(x, self.head)
 
 
-def right_clean(net, task, n, device):
-    "The first `n` pictures that the model gets right."
+def correct_images(net, task, n, device):
+    "The first `n` images that the model classifies correctly, and their labels."
     x, y = task.images[:4*n].to(device)/255, task.labels[:4*n].to(device)
-    keep = (~broken(net, x, y)).nonzero()[:n, 0]
+    keep = (~misclassified(net, x, y)).nonzero()[:n, 0]
     return x[keep], y[keep]
 
 
-def pgd20(net, x, y, eps):
-    theirs = torchattacks.PGD(net, eps=eps, alpha=eps/4, steps=20, random_start=True)
-    return (lambda r: pgd(net, x, y, eps, eps/4, 20, seeded(r, 'start'), early_stop=True)), lambda r: theirs(x, y)
+def compare_pgd20(net, x, y, eps):
+    "PGD-20 of agft and of torchattacks: functions of the round."
+    official = torchattacks.PGD(net, eps=eps, alpha=eps/4, steps=20, random_start=True)
+    def ours(r): return pgd20(net, x, y, eps, 'Linf', seeded(r, 'start'))
+    def theirs(r): return official(x, y)
+    return ours, theirs
 
 
-def apgd_ce(net, x, y, eps):
-    args = dict(n_iter=STEPS, eps=eps, loss='ce', device=x.device)
-    return (lambda r: apgd(net, x, y, eps, STEPS, seeded(r, 'start'))), lambda r: APGDAttack(net, seed=r, **args).perturb(x, y)
+def compare_apgd_ce(net, x, y, eps):
+    "Auto-PGD on the cross-entropy, of agft and of AutoAttack: functions of the round."
+    settings:dict[str, Any] = dict(n_iter=STEPS, eps=eps, loss='ce', device=x.device)
+    def ours(r): return apgd(net, x, y, eps, STEPS, seeded(r, 'start'))
+    def theirs(r): return APGDAttack(net, seed=r, **settings).perturb(x, y)
+    return ours, theirs
 
 
-def apgd_t(net, x, y, eps):
-    args = dict(n_iter=STEPS, eps=eps, n_target_classes=TARGETS, device=x.device)
-    return ((lambda r: apgd_targeted(net, x, y, eps, STEPS, seeded(r, 'start'), targets=TARGETS)),
-            lambda r: APGDAttack_targeted(net, seed=r, **args).perturb(x, y))
+def compare_apgd_t(net, x, y, eps):
+    "Targeted Auto-PGD, of agft and of AutoAttack: functions of the round."
+    settings:dict[str, Any] = dict(n_iter=STEPS, eps=eps, n_target_classes=TARGETS, device=x.device)
+    def ours(r): return apgd_targeted(net, x, y, eps, STEPS, seeded(r, 'start'), targets=TARGETS)
+    def theirs(r): return APGDAttack_targeted(net, seed=r, **settings).perturb(x, y)
+    return ours, theirs
 
 
-def compare(attack, net, x, y, eps, rounds):
+@dataclass
+class Round:
+    "What is measured of one side in one round."
+    rate:float     # images a second
+    forwards:float # for each image attacked
+    robust:float   # accuracy on the returned pixels, in [0,1]
+
+
+def measure(attack, r, net, x, y):
+    "One round of one side."
+    torch.manual_seed(r)
+    net.forwards, began = 0, time.perf_counter()
+    x_adv = attack(r)
+    if x.is_cuda:
+        torch.cuda.synchronize()
+    rate = len(x)/(time.perf_counter() - began)
+    forwards = net.forwards/len(x)
+    return Round(rate, forwards, (~misclassified(net, x_adv, y)).double().mean().item())
+
+
+def compare(ours, theirs, net, x, y, eps, rounds):
     "Speed, forwards and robust accuracy of both sides."
-    ours, theirs = attack(net, x, y, eps)
-    sides, rates, seen, robust = {'agft': ours, 'theirs': theirs}, {}, {}, {}
-    broken(net, x, y)                                                      # warms up
+    attacks, measured = {'agft': ours, 'theirs': theirs}, {'agft': [], 'theirs': []}
+    misclassified(net, x, y)  # warms up
     for r in range(rounds):
-        for name, run in sorted(sides.items(), reverse=r % 2 == 1):
-            torch.manual_seed(r)
-            net.seen, t = 0, time.perf_counter()
-            x_adv = run(r)
-            if x.is_cuda: torch.cuda.synchronize()
-            rates.setdefault(name, []).append(len(x) / (time.perf_counter() - t))
-            seen.setdefault(name, []).append(net.seen / len(x))
-            robust.setdefault(name, []).append((~broken(net, x_adv, y)).double().mean().item())
-    ratios = [o/t for o, t in zip(rates['agft'], rates['theirs'])]
-    of = lambda found, digits, mean=statistics.median: {k: round(mean(v), digits) for k, v in found.items()}
+        order = sorted(attacks, reverse=r % 2 == 1)
+        for name in order:
+            measured[name].append(measure(attacks[name], r, net, x, y))
+    def each_side(field, digits, average=statistics.median):
+        return {name: round(average(map(field, rows)), digits) for name, rows in measured.items()}
+    ratios = [one.rate/other.rate for one, other in zip(*measured.values(), strict=True)]
     return dict(eps=f'{255*eps:.3g}/255', n=len(x), ratio=round(statistics.median(ratios), 3),
-                ratio_range=[round(min(ratios), 3), round(max(ratios), 3)], images_per_second=of(rates, 2),
-                forwards_per_image=of(seen, 1), robust_accuracy=of(robust, 4, statistics.mean))
+                ratio_range=[round(min(ratios), 3), round(max(ratios), 3)],
+                images_per_second=each_side(attrgetter('rate'), 2),
+                forwards_per_image=each_side(attrgetter('forwards'), 1),
+                robust_accuracy=each_side(attrgetter('robust'), 4, statistics.mean))
+
+
+def parse_arguments():
+    "The command line."
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--model', default='agft-tiny', help='a model of the package')
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--rounds', type=int, default=3)
+    p.add_argument('--images', type=int, default=32)
+    p.add_argument('--student', help='checkpoint of a robust student')
+    p.add_argument('--out', default='results/benchmark_attacks.json')
+    return p.parse_args()
+
+
+def load_student(a, recipe):
+    "The TeCoA student: the checkpoint that is named, or one that is fine-tuned now."
+    if a.student:
+        return load_model(a.student)
+    with tempfile.TemporaryDirectory() as folder:
+        return finetune(recipe.finetune('TeCoA'), Path(folder)/'TeCoA', device=a.device)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--model', default='agft-tiny'); p.add_argument('--device', default='cpu')
-    p.add_argument('--rounds', type=int, default=3); p.add_argument('--images', type=int, default=32)
-    p.add_argument('--student', help='checkpoint of a robust student'); p.add_argument('--out', default='results/benchmark_attacks.json')
-    a = p.parse_args()
-    preset, found = load_preset(a.model.removeprefix('agft-')), {}
-    if a.student: robust = load_clip(a.student)
-    else:
-        with tempfile.TemporaryDirectory() as d: robust = finetune(preset, 'TeCoA', d, device=a.device)
-    began, task, eps = time.time(), load_task(preset['source'], 8*a.images), pixels(preset['train']['eps'])
-    clip = load_clip(a.model).to(a.device)
+    a = parse_arguments()
+    recipe = load_preset(a.model.removeprefix('agft-'))
+    student = load_student(a, recipe)
+    began, task, eps = time.time(), load_task(recipe.data.source, 8*a.images), recipe.attack.eps
+    clip = load_model(a.model).to(a.device)
     head = clip.head(task.classes, task.templates)
-    nets = {'untuned': Classifier(clip, head).eval(), 'TeCoA': Classifier(robust.to(a.device), head).eval()}
-    cases = [('PGD-20', 'untuned', pgd20, eps)]
-    cases += [(name, 'TeCoA', attack, radius) for name, attack in (('APGD-CE', apgd_ce), ('APGD-T', apgd_t))
-              for radius in (eps/2, eps, 8*eps)]
-    for name, model, attack, radius in cases:
-        net = nets[model]
-        one = compare(attack, net, *right_clean(net, task, a.images, a.device), radius, a.rounds)
-        found[f'{name}, {model}, {one["eps"]}'] = one
-        print(name, model, json.dumps(one), flush=True)
-    student = f' --student {a.student}' if a.student else ''
-    command = f'python benchmarks/attacks.py --model {a.model} --device {a.device} --rounds {a.rounds} --images {a.images}{student}'
-    found['about'] = dict(command=command, n=a.rounds, against='torchattacks (PGD-20), pyautoattack (APGD)', machine=machine(a.device),
-                          threads=torch.get_num_threads(), seconds=round(time.time() - began, 1))
+    untuned, tecoa = Classifier(clip, head).eval(), Classifier(student.to(a.device), head).eval()
+    cases, found = [('PGD-20', 'untuned', untuned, compare_pgd20, eps)], {}
+    for name, both in (('APGD-CE', compare_apgd_ce), ('APGD-T', compare_apgd_t)):
+        for radius in (eps/2, eps, 8*eps):
+            cases.append((name, 'TeCoA', tecoa, both, radius))
+    for name, model, net, both, radius in cases:
+        x, y = correct_images(net, task, a.images, a.device)
+        row = compare(*both(net, x, y, radius), net, x, y, radius, a.rounds)
+        found[f'{name}, {model}, {row["eps"]}'] = row
+        print(name, model, json.dumps(row), flush=True)
+    options = f'--model {a.model} --device {a.device} --rounds {a.rounds} --images {a.images}'
+    command = f'python benchmarks/attacks.py {options}' + (f' --student {a.student}' if a.student else '')
+    found['about'] = dict(command=command, n=a.rounds, against='torchattacks (PGD-20), pyautoattack (APGD)',
+                          machine=machine(a.device), threads=torch.get_num_threads(),
+                          seconds=round(time.time() - began, 1))
     write_json(a.out, found)
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    main()

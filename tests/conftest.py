@@ -1,25 +1,39 @@
+import json
+
 import pytest
-from agft.data import packs_dir
+
+from agft.config import as_dict, load_preset
+from agft.core import import_torchvision
+from agft.data import archives_dir
+
+import_torchvision()  # the test modules import open_clip, which imports torchvision
+
+SECONDS = {'model.name': 'agft-tiny', 'train.images': 96, 'train.steps': 4, 'train.batch_size': 32,
+           'train.warmup': .25, 'train.checkpoint_every': 2, 'eval.images': 24, 'search.images': 24}
 
 
 def pytest_report_header(config):
-    d = packs_dir()
-    return 'photographs: ' + ('the packs that are here are used' if d else 'no packs here; tests use packs that they make (set AGFT_DATA to use real ones)')
+    if archives_dir():
+        return 'photographs: the archives that are here are used'
+    return 'photographs: none here; tests use archives that they make (set AGFT_DATA to use real ones)'
 
 
 @pytest.fixture
-def small_preset(monkeypatch):
-    "The tiny preset cut down to seconds, wherever it is loaded."
-    from agft import bench, cli
-    from agft.core import load_preset
-    def cut(name):
-        p = load_preset(name)
-        p['train'].update(images=96, steps=4, batch_size=32, warmup=.25, every=2)
-        p['eval'].update(images=24, threat='fgsm')
-        p['tune'].update(images=24)
-        p['zero_shot'] = p['zero_shot'][:2]
-        p['demo'] = ['TeCoA', 'AGFT']
-        p['methods'] = {m: p['methods'][m] for m in p['demo']}
-        return p
-    for module in (bench, cli): monkeypatch.setattr(module, 'load_preset', cut)
-    return cut
+def small_preset(tmp_path):
+    "Writes the tiny preset, cut down to seconds, to a file; returns the file's path."
+    def write(name='small', methods=('TeCoA', 'AGFT'), tasks=2, **changes):
+        data = as_dict(load_preset('tiny'))
+        data['methods'] = {method: data['methods'][method] for method in methods}
+        data['demo'] = list(methods)
+        data['data']['zero_shot'] = data['data']['zero_shot'][:tasks]
+        data['eval']['attacks'] = ['fgsm']
+        for path, value in {**SECONDS, **changes}.items():
+            *groups, last = path.split('.')
+            part = data
+            for group in groups:
+                part = part[group]
+            part[last] = value
+        file = tmp_path/f'{name}.json'
+        file.write_text(json.dumps(data))
+        return str(file)
+    return write

@@ -1,109 +1,137 @@
 "The benchmark: every part of it, killed and continued, and numbers that are recounted from the flags."
 import json
-import numpy as np, pytest
-from agft import bench as module
-from agft.cli import main
-from agft.core import load_preset
-from agft.evaluate import MEAN, read_flags
 
-SECTIONS = {'protocol', 'lr', 'main', 'paired', 'sweep', 'strong', 'unseen', 'ablation', 'weights', 'calibration', 'tsne', 'cost', 'about'}
+import numpy as np
+import pytest
+
+from agft import bench as module
+from agft import diagnostics
+from agft.bench_report import bench_page
+from agft.cli import main
+from agft.config import as_dict, load_preset, override
+from agft.evaluation import read_flags
+from agft.results import MEAN, Results
+from agft.search import _neighbours, search_all
+from agft.threats import threats_of
+
+TABLES = {'lr', 'paired', 'weights', 'hypervolume', 'calibration', 'reliability', 'margins', 'tsne', 'cost'}
+PROTOCOL = dict(seeds=2, images=8, ablation=dict(gamma=[.4, 1.], scale=[1.8], images=6),
+                weights=dict(shares=[.5], images=6), calibration=dict(images=6, tsne='texture'))
+THREATS = dict(attacks=['fgsm', 'mifgsm'], eps=['4/255'], images=6)
 
 
 @pytest.fixture
-def cut(small_preset, monkeypatch):
-    "A protocol of seconds."
-    def load(name):
-        p = small_preset(name)
-        p['zero_shot'] = p['zero_shot'][:1]
-        p['tune']['images'] = 8
-        b = p['bench']
-        b.update(seeds=2, images=8)
-        for part in ('sweep', 'strong', 'unseen', 'ablation', 'weights', 'calibration'): b[part]['images'] = 6
-        for part in ('sweep', 'strong', 'unseen'): b[part].update(threats=['fgsm', 'mifgsm'], eps=['4/255'])
-        b['ablation'].update(gamma=[.4, 1.], scale=[1.8])
-        b['weights']['shares'] = [.5]
-        b['calibration']['tsne'] = p['zero_shot'][0]
-        return p
-    monkeypatch.setattr(module, 'load_preset', load)
-    return load
+def cut(small_preset):
+    "A recipe whose protocol takes seconds."
+    recipe = load_preset(small_preset(tasks=1))
+    parts = dict(sweep=THREATS, strong=THREATS, unseen=THREATS)
+    protocol = {**as_dict(recipe.protocol), **PROTOCOL, **parts}
+    return override(recipe, bench=protocol)
 
 
-def without_times(found):
-    found = json.loads(json.dumps(found))
-    found.pop('cost'), found['about'].pop('seconds'), found['about'].pop('training_seconds')
-    return found
+@pytest.fixture
+def one_process(monkeypatch):
+    "Jobs run in this process, where they can be killed."
+    monkeypatch.setattr('torch.get_num_threads', lambda: 1)
 
 
-def test_killed_anywhere_it_ends_with_the_same_numbers(cut, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, 'quick', lambda cfg: cfg)               # the cut protocol, without its climb
-    monkeypatch.setattr(module.torch, 'get_num_threads', lambda: 1)     # in this process, where it can be killed
-    args = ['bench', '--quick', '--out']
-    assert main([*args, 'whole']) == 0
-    whole = json.loads((tmp_path/'results'/'bench_tiny_quick.json').read_text())
-    assert set(whole) == SECTIONS
-    # what a reader finds
-    label = next(iter(whole['main']))
-    assert list(whole['main'][label]) == ['CLIP', 'TeCoA', 'AGFT'] and set(whole['paired'][label]) == {'CLIP', 'TeCoA'}
-    assert set(whole['ablation'][label]) == {'γ 0.4, 1/τ 85', 'γ 1.0, 1/τ 85'}
-    for m, c in whole['calibration'].items():
-        for kind in ('clean', 'adversarial'):
-            for scale in ('training', 'own', 'fitted'): assert 0 <= c[kind][scale][MEAN]['ece'] <= 1 and set(c[kind][scale]) == {'source', MEAN}
-    assert whole['calibration']['CLIP']['clean']['own'][MEAN]['overlap'] == 1 and abs(whole['calibration']['CLIP']['clean']['shrinkage'] - 1) < 1e-5
-    assert whole['cost']['TeCoA']['ratio'] == 1 and all(0 < v['hypervolume'] <= 1 for v in whole['weights'].values())
-    points = whole['weights']['AGFT']['points']
-    assert len(points) == 3 and 'worst case 4/255' in whole['strong']
-    page = (tmp_path/'whole'/'report.html').read_text()
-    assert page.count('<table>') == 8 and page.count('data:image/png') == 3 and 'src="http' not in page
-    # numbers are recounted from the flags
-    task = cut('tiny')['zero_shot'][0]
-    folder = next(p.parent for p in (tmp_path/'whole'/'main'/'AGFT-0').rglob(f'{task}.npz'))
-    flags = [read_flags(tmp_path/'whole'/'main'/f'AGFT-{s}'/folder.name/f'{task}.npz') for s in (0, 1)]
-    assert whole['main'][label]['AGFT'][task]['robust'] == pytest.approx(np.mean([f['robust'].mean() for f in flags]))
-    # killed in the middle of training, of evaluation, of calibration
-    for name in ('finetune', 'evaluate_threats', 'calibration_of', 'cost_of'):
-        real, calls = getattr(module, name), []
-        def dies(*a, **k):
+def without_times(path):
+    results = json.loads(path.read_text())
+    results['tables'].pop('cost')
+    for key in ('seconds', 'training_seconds'):
+        results['about'].pop(key)
+    return results
+
+
+def check_what_a_reader_finds(results):
+    main = results.select(section='main')
+    assert set(results.tables) == TABLES and main.methods() == ['CLIP', 'TeCoA', 'AGFT']
+    assert set(results.tables['paired'].other) == {'CLIP', 'TeCoA'}
+    assert set(results.select(section='ablation').methods()) == {'γ 0.4, 1/τ 85', 'γ 1.0, 1/τ 85'}
+    calibration = results.tables['calibration']
+    assert calibration.ece.between(0, 1).all() and set(calibration.task) == {'source', MEAN}
+    assert set(calibration.scale) == {'training', 'own', 'fitted'}
+    assert set(calibration.kind) == {'clean', 'adversarial'}
+    own = calibration.query("method == 'CLIP' and kind == 'clean' and scale == 'own'")
+    margin = results.tables['margins'].query("method == 'CLIP' and kind == 'clean'")
+    assert (own.overlap == 1).all() and abs(margin.ratio.item() - 1) < 1e-5
+    cost = results.tables['cost'].set_index('method')
+    assert cost.ratio['TeCoA'] == 1 and results.tables['hypervolume'].hypervolume.between(0, 1).all()
+    assert len(results.tables['weights'].query("method == 'AGFT'")) == 3
+    assert 'worst case 4/255' in results.select(section='strong').threats()
+    page = bench_page(results)
+    assert page.count('<table') == 9 and page.count('data:image/png') == 3 and 'src="http' not in page
+
+
+def check_numbers_are_recounted(results, out):
+    folder = next(path.parent for path in (out/'main'/'AGFT-0').rglob('texture.npz')).name
+    flags = [read_flags(out/'main'/f'AGFT-{seed}'/folder/'texture.npz') for seed in (0, 1)]
+    row = results.select(section='main', method='AGFT', task='texture').final().iloc[0]
+    assert row.robust == pytest.approx(np.mean([f.robust.mean() for f in flags])) and row.seeds == 2
+
+
+def test_killed_anywhere_it_ends_with_the_same_numbers(cut, tmp_path, monkeypatch, one_process):
+    results = module.bench(cut, tmp_path/'whole', 'cpu', search=False)
+    check_what_a_reader_finds(results)
+    check_numbers_are_recounted(results, tmp_path/'whole')
+    places = [(module, 'finetune'), (module, 'evaluate_threats'), (diagnostics, '_calibration'),
+              (module, 'cost_rows')]
+    for place, name in places:
+        real, calls = getattr(place, name), []
+        def dies(*args, real=real, calls=calls, name=name, **more):
             calls.append(1)
-            if len(calls) == 2 or name == 'cost_of': raise KeyboardInterrupt
-            return real(*a, **k)
-        with monkeypatch.context() as m:
-            m.setattr(module, name, dies)
-            assert main([*args, 'parts']) == 130
+            if len(calls) == 2 or name == 'cost_rows':
+                raise KeyboardInterrupt
+            return real(*args, **more)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, name, dies)
+            module.bench(cut, tmp_path/'parts', 'cpu', search=False)
     runs = {f: f.stat().st_mtime_ns for f in (tmp_path/'parts'/'runs').rglob('model.safetensors')}
-    assert main([*args, 'parts']) == 0
-    assert {'finished runs are not trained again' for f, t in runs.items() if f.stat().st_mtime_ns < t} == set()
-    parts = json.loads((tmp_path/'results'/'bench_tiny_quick.json').read_text())
-    assert without_times(parts) == without_times(whole)
+    module.bench(cut, tmp_path/'parts', 'cpu', search=False)
+    assert all(f.stat().st_mtime_ns == time for f, time in runs.items()), 'a finished run was trained again'
+    assert without_times(tmp_path/'parts'/'results.json') == without_times(tmp_path/'whole'/'results.json')
 
 
-def test_from_runs_that_diverge_the_climb_goes_down(cut, tmp_path):
-    cfg = cut('tiny')
-    cfg['methods'], cfg['tune']['ladder'] = {'TeCoA': {'scale': None, 'lr': 1e6}}, [1e5, 1e7]
-    found = module.tuned(cfg, ['TeCoA'], tmp_path, 'cpu')['TeCoA']
-    scores = found['scores']
-    assert found['best'] == 1e5 and len(scores) == 4 and all(s['clean'] == 0 and ('not finite' in s['diverged'] or 'lower lr' in s['diverged']) for s in scores.values())
+def test_the_command_writes_into_its_directory_and_nowhere_else(cut, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'cut.json').write_text(json.dumps(as_dict(cut)))
+    before = {f.name for f in tmp_path.iterdir()}
+    assert main(['bench', '--preset', 'cut.json', '--quick', '--out', 'b', '--seed', '3']) == 0
+    assert {f.name for f in tmp_path.iterdir()} == before | {'b'} and (tmp_path/'b'/'report.html').exists()
+    results = Results.load(tmp_path/'b'/'results.json')
+    assert set(results.select(section='main', method='AGFT').accuracy.seed.dropna()) == {3, 4}
+    words = results.about['command'].split()
+    assert main([*words[1:], '--out', 'again']) == 0
+    first, again = (without_times(tmp_path/name/'results.json') for name in ('b', 'again'))
+    assert first == again
 
 
-def test_every_preset_has_a_whole_protocol():
-    for name in ('tiny', 'photo'):
-        p = load_preset(name)
-        assert set(p['demo']) <= set(p['methods']) and p['bench']['version'] >= 1
-        for m in p['methods'].values(): module.neighbours(m['lr'])
-        assert all(p['tune']['ladder'][0] <= m['lr'] <= p['tune']['ladder'][1] for m in p['methods'].values())
-        for part in ('sweep', 'strong', 'unseen'):
-            for t in p['bench'][part]['threats']:
-                for e in p['bench'][part]['eps']: module.threat(t, module.pixels(e))
+def test_from_runs_that_diverge_the_search_goes_down(cut, tmp_path, one_process):
+    high = override(cut, **{'methods.TeCoA.lr': 1e6, 'search.low': 1e5, 'search.high': 1e7})
+    trials = search_all(high, ['TeCoA'], tmp_path, 'cpu')
+    assert [t.lr for t in trials if t.chosen] == [1e5] and len(trials) == 4
+    assert all(t.clean == 0 and ('not finite' in t.diverged or 'lower lr' in t.diverged) for t in trials)
+
+
+@pytest.mark.parametrize('name', ['tiny', 'photo'])
+def test_every_preset_has_a_whole_protocol(name):
+    recipe = load_preset(name)
+    assert set(recipe.demo) <= set(recipe.methods) and recipe.protocol.version >= 1
+    for method in recipe.methods.values():
+        assert method.lr is not None
+        _neighbours(method.lr)
+        assert recipe.search.low <= method.lr <= recipe.search.high
+    for part in (recipe.protocol.sweep, recipe.protocol.strong, recipe.protocol.unseen):
+        assert threats_of(part)
 
 
 def test_quick_keeps_every_part():
-    cfg = load_preset('tiny')
-    small = module.quick(cfg)
-    assert cfg == load_preset('tiny') and small['bench'].keys() == cfg['bench'].keys() and small['methods'] == cfg['methods']
+    recipe = load_preset('tiny')
+    short = module.quick(recipe)
+    assert recipe == load_preset('tiny') and short.methods == recipe.methods
+    assert as_dict(short.protocol).keys() == as_dict(recipe.protocol).keys()
 
 
-def test_another_preset_without_protocol_is_refused(monkeypatch, tmp_path, capsys):
-    def bare(name):
-        p = load_preset(name); p.pop('bench'); return p
-    monkeypatch.setattr(module, 'load_preset', bare)
-    assert main(['bench', '--out', str(tmp_path/'b')]) == 2 and 'no bench protocol' in capsys.readouterr().err
+def test_a_preset_without_a_protocol_is_refused(tmp_path, capsys):
+    assert main(['bench', '--preset', 'vit_b32_small', '--out', str(tmp_path/'b')]) == 2
+    assert 'no bench protocol' in capsys.readouterr().err

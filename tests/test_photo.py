@@ -1,64 +1,87 @@
-"""The photograph path: on packs that the test makes, everywhere; on the real ones where they are."""
-import io, json
-import numpy as np, pytest, torch
+"The photographs: archives that the test makes, and the real ones where they are."
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
 from PIL import Image
-from agft import cli
-from agft.clip import load_clip
-from agft.core import asset, load_preset, read_json
-from agft.data import PHOTO_PACKS, load_task, packs_dir
-from agft.evaluate import MEAN
 
+from agft.config import load_preset
+from agft.core import asset, read_json, write_json
+from agft.data import PHOTO_ARCHIVES, archives_dir, load_task
 
-def write_pack(folder, name, classes, n, size, seed):
+def write_archive(folder, name, classes, n, size, seed):
+    "A photograph archive of n noise images of (height, width) `size`."
     rng, files = np.random.default_rng(seed), []
     for _ in range(n):
         f = io.BytesIO()
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(f, 'JPEG')
         files.append(f.getvalue())
-    np.savez(folder/f'{name}.npz', blob=np.frombuffer(b''.join(files), np.uint8), offsets=np.cumsum([0, *map(len, files)]),
-             labels=(np.arange(n) % len(classes)).astype(np.int32))
+    labels = (np.arange(n) % len(classes)).astype(np.int32)
+    offsets = np.cumsum([0, *map(len, files)])
+    blob = np.frombuffer(b''.join(files), np.uint8)
+    np.savez(folder/f'{name}.npz', blob=blob, offsets=offsets, labels=labels)
     (folder/f'{name}.json').write_text(json.dumps(dict(classes=list(classes))))
 
 
+def size_of(task):
+    if task.startswith('cifar'):
+        return 32, 32
+    return (64, 64) if task in ('tinyimagenet', 'eurosat') else (80, 100)
+
+
 @pytest.fixture
-def made_packs(tmp_path, monkeypatch):
-    "Every pack of the photo preset, with noise for photographs."
-    folder, names = tmp_path/'packs', read_json(asset('photo_names.json'))
+def made_archives(tmp_path, monkeypatch):
+    "Every archive of the photo preset, with noise for photographs."
+    folder, names = tmp_path/'archives', read_json(asset('photo_names.json'))
     folder.mkdir()
-    for i, (task, pack) in enumerate(PHOTO_PACKS.items()):
-        size = (32, 32) if task.startswith('cifar') else (64, 64) if task in ('tinyimagenet', 'eurosat') else (80, 100)
-        write_pack(folder, pack, names[pack]['classes'], 24, size, i)
-    for i, half in enumerate('ab'): write_pack(folder, f'tinyimagenet_train_{half}', names['tinyimagenet_val']['classes'], 600, (64, 64), 100 + i)
+    for i, (task, archive) in enumerate(PHOTO_ARCHIVES.items()):
+        write_archive(folder, archive, names[archive]['classes'], 24, size_of(task), i)
+    classes = names['tinyimagenet_val']['classes']
+    for i, half in enumerate('ab'):
+        write_archive(folder, f'tinyimagenet_train_{half}', classes, 600, (64, 64), 100 + i)
     monkeypatch.setenv('AGFT_DATA', str(folder))
     return folder
 
 
-def test_photo_demo_runs_on_packs_that_we_made(made_packs, tmp_path, monkeypatch):
+def test_photo_demo_runs_on_archives_that_we_made(made_archives, tmp_path):
+    from agft.cli import main
+    from agft.results import MEAN, Results
     preset = load_preset('photo')
-    preset['train'].update(images=64, steps=2, batch_size=16, every=1)
-    preset['eval'].update(images=12, threat='fgsm')
-    preset['zero_shot'] = preset['zero_shot'][:2]
-    monkeypatch.setattr(cli, 'load_preset', lambda name: preset)
-    assert cli.main(['demo', '--preset', 'photo', '--out', str(tmp_path/'out')]) == 0
-    first, *others = preset['eval']['eps']
-    results = read_json(tmp_path/'out'/'results.json')
-    assert set(results) == {'CLIP', 'about', *preset['demo']} and list(results[preset['demo'][-1]]) == ['tinyimagenet', *preset['zero_shot'], MEAN]
-    for eps in others: assert eps in read_json(tmp_path/'out'/f'results_{eps.replace("/", "_")}.json')['about']['threat']
+    zero_shot = list(preset.data.zero_shot[:2])
+    train = dict(images=64, steps=2, batch_size=16, checkpoint_every=1)
+    evaluation = dict(images=12, attacks=['fgsm'])
+    small = dict(base='photo', data=dict(zero_shot=zero_shot), train=train, eval=evaluation)
+    write_json(tmp_path/'small.json', small)
+    assert main(['demo', '--preset', str(tmp_path/'small.json'), '--out', str(tmp_path/'out')]) == 0
+    results = Results.load(tmp_path/'out'/'results.json')
+    rows = results.final()
+    assert results.methods() == ['CLIP', *preset.demo]
+    assert {'tinyimagenet', *zero_shot, MEAN} <= {*rows.task}
+    assert {*preset.eval.eps} <= {*rows.eps} and {*rows.attack} == {'fgsm'}
 
 
-def test_no_training_picture_is_a_test_picture(made_packs):
-    "A picture of the test pack that also stands in a training pack is dropped from training."
-    z, json_of = dict(np.load(made_packs/'tinyimagenet_val.npz')), (made_packs/'tinyimagenet_val.json').read_text()
-    np.savez(made_packs/'tinyimagenet_train_b.npz', **z)
-    (made_packs/'tinyimagenet_train_b.json').write_text(json_of)
-    write_pack(made_packs, 'tinyimagenet_train_a', json.loads(json_of)['classes'], 1100, (64, 64), 7)
+def test_no_training_image_is_a_test_image(made_archives):
+    "An image of the test archive that is also in a training archive is excluded from training."
+    test = dict(np.load(made_archives/'tinyimagenet_val.npz'))
+    description = (made_archives/'tinyimagenet_val.json').read_text()
+    np.savez(made_archives/'tinyimagenet_train_b.npz', **test)
+    (made_archives/'tinyimagenet_train_b.json').write_text(description)
+    classes = json.loads(description)['classes']
+    write_archive(made_archives, 'tinyimagenet_train_a', classes, 1100, (64, 64), 7)
     train, val = load_task('tinyimagenet', split='train'), load_task('tinyimagenet', split='val')
-    assert len(train) + len(val) == 1100
+    assert len(train) + len(val) == 1100 and len(val) == 110
+    known = {image.numpy().tobytes() for image in load_task('tinyimagenet').images}
+    assert not any(image.numpy().tobytes() in known for task in (train, val) for image in task.images)
 
 
-@pytest.mark.skipif(packs_dir() is None, reason='the real photographs are not here (AGFT_DATA)')
+@pytest.mark.skipif(archives_dir() is None, reason='the real photographs are not here (AGFT_DATA)')
 def test_shipped_photo_encoder_is_a_zero_shot_model():
-    "Far above chance on classes and pictures that it never trained on; the recorded numbers are in results/bench_photo.json."
-    model, task = load_clip('agft-photo'), load_task('cifar10', 500)
-    with torch.no_grad(): right = model.logits(task.images/255, model.head(task.classes, task.templates)).argmax(1) == task.labels
-    assert right.float().mean() > .37
+    "Far above chance on classes and images that it never trained on (numbers: results/bench_photo.json)."
+    from agft.weights import load_model
+    model, task = load_model('agft-photo'), load_task('cifar10', 500)
+    head = model.head(task.classes, task.templates)
+    with torch.no_grad():
+        predicted = model.logits(task.images[:]/255, head).argmax(1)
+    assert (predicted == task.require_labels()).float().mean() > .37

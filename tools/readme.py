@@ -1,5 +1,8 @@
 "Make README.md from nbs/index.ipynb where Quarto is absent: python tools/readme.py"
-import base64, json, posixpath, re
+import base64
+import json
+import posixpath
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -10,13 +13,14 @@ def from_root(text:str)->str:
     return LINK.sub(lambda m: m[1]+posixpath.normpath('nbs/'+m[2]), text)
 
 def output(o:dict, stem:str)->str:
-    "One stored output: a picture becomes a file under nbs/images, Markdown stays, text is fenced."
+    "One stored output: an image becomes a file under nbs/images, Markdown stays, text is fenced."
     data = o.get('data', {})
     if 'image/png' in data:
         (ROOT/'nbs/images').mkdir(exist_ok=True)
         (ROOT/f'nbs/images/{stem}.png').write_bytes(base64.b64decode(''.join(data['image/png'])))
         return f'![](nbs/images/{stem}.png)'
-    if 'text/markdown' in data: return from_root(''.join(data['text/markdown']))
+    if 'text/markdown' in data:
+        return from_root(''.join(data['text/markdown']))
     return '```\n'+''.join(data.get('text/plain', o.get('text', ''))).strip('\n')+'\n```'
 
 def readme()->str:
@@ -24,11 +28,15 @@ def readme()->str:
     parts = ['<!-- made from nbs/index.ipynb by tools/readme.py: edit the notebook -->']
     for i,c in enumerate(json.loads((ROOT/'nbs/index.ipynb').read_text(encoding='utf-8'))['cells']):
         lines = ''.join(c['source']).splitlines()
-        if c['cell_type']=='markdown': parts.append(from_root('\n'.join(lines)))
-        if c['cell_type']!='code' or any(l.startswith('#| hide') for l in lines): continue
-        code = '\n'.join(l for l in lines if not l.startswith('#|')).strip()
-        if code and not any(l.startswith('#| echo: false') for l in lines): parts.append(f'```python\n{code}\n```')
+        if c['cell_type']=='markdown':
+            parts.append(from_root('\n'.join(lines)))
+        if c['cell_type']!='code' or any(line.startswith('#| hide') for line in lines):
+            continue
+        code = '\n'.join(line for line in lines if not line.startswith('#|')).strip()
+        if code and not any(line.startswith('#| echo: false') for line in lines):
+            parts.append(f'```python\n{code}\n```')
         parts += [output(o, f'readme-{i}-{j}') for j,o in enumerate(c['outputs'])]
     return '\n\n'.join(p for p in parts if p)+'\n'
 
-if __name__=='__main__': (ROOT/'README.md').write_text(readme(), encoding='utf-8')
+if __name__=='__main__':
+    (ROOT/'README.md').write_text(readme(), encoding='utf-8')
