@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 _PUBLIC = dict(  # public name -> chapter
-    load_model='weights', save_model='weights', from_modules='model', from_transformers='model', ZeroShotCLIP='model',
+    load_model='weights', save_model='weights', load_weights='weights',
+    from_modules='model', from_transformers='model', ZeroShotCLIP='model',
     Task='data', load_task='data', load_tasks='data', finetune='api', evaluate='api', audit='api',
     pgd='attack', apgd='attack', apgd_targeted='attack', cw='attack', threat='threats', register_attack='threats',
     method='methods', register_method='methods', load_preset='config', override='config', Results='results',
@@ -42,4 +43,4 @@ if TYPE_CHECKING:  # for type checkers and editors, which cannot look names up
     from agft.model import ZeroShotCLIP, from_modules, from_transformers
     from agft.results import Results
     from agft.threats import register_attack, threat
-    from agft.weights import load_model, save_model
+    from agft.weights import load_model, load_weights, save_model

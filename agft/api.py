@@ -13,7 +13,7 @@ from typing import Any
 from . import train as _train
 from .auditing import Verdict
 from .auditing import audit as audit_logits
-from .config import EvalConfig, Norm, load_preset, override, parse_radius, presets, validate
+from .config import EvalConfig, Norm, build, load_preset, override, parse_radius, presets
 from .core import check, pick_device
 from .data import Task, load_tasks
 from .evaluation import evaluate_threats
@@ -66,9 +66,9 @@ def evaluate(
     device:str='auto',                       # auto, cpu or cuda
 )->Results:
     "Zero-shot accuracy, clean and under attack."
-    names = (attacks,) if isinstance(attacks, str) else tuple(attacks)
-    radii = (eps,) if isinstance(eps, str | float | int) else tuple(eps)
-    config = validate(EvalConfig(names, tuple(map(parse_radius, radii)), norm, None, batch_size))
+    names = [attacks] if isinstance(attacks, str) else list(attacks)
+    radii = eps.split(',') if isinstance(eps, str) else [eps] if isinstance(eps, float | int) else list(eps)
+    config = build(EvalConfig, dict(attacks=names, eps=radii, norm=norm, batch_size=batch_size))
     threats_of(config)  # unknown names are errors before anything is loaded
     whole = _loaded(tasks)
     loaded = load_model(model) if isinstance(model, str) else model

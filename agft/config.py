@@ -92,7 +92,7 @@ class ModelConfig:
 @_settings
 class DataConfig:
     "The tasks, and where their images are."
-    source:str = 'source'            # task of the fine-tuning
+    source:str = 'source'            # task of the fine-tuning: a name, or the path of a folder of images
     zero_shot:Names = ()             # tasks that are only tested
     root:str|None = None             # folder with public data sets (see agft data)
     prompts:str|tuple[str, ...] = 'paper' # of public sets and folders: paper, openai, or sentences with {}
@@ -184,7 +184,7 @@ class EvaluateConfig:
     model:ModelConfig = field(default_factory=ModelConfig)
     data:DataConfig = field(default_factory=DataConfig)
     eval:EvalConfig = field(default_factory=EvalConfig)
-    tasks:Names = ()                 # task names, or paper15; none: the source task and the zero-shot tasks
+    tasks:Names = ()                 # names, folders, or paper15; none: the source and the zero-shot tasks
     seed:int = 0                     # of everything random in the attacks
     plugins:Names = ()               # Python files or modules that register attacks of your own
 
@@ -337,7 +337,7 @@ def _explain(
     if kind == 'unexpected_keyword_argument':
         known = [f.name for f in fields(_class_at(cls, keys))]
         near = get_close_matches(str(keys[-1]), known, 1)
-        hint = f' (did you mean {near[0]}?)' if near else ''
+        hint = f' (did you mean {".".join([*map(str, keys[:-1]), near[0]])}?)' if near else ''
         return f'unknown key {path}{hint}; allowed here: {", ".join(known)}'
     if kind == 'missing':
         return f'{path} is missing'
@@ -425,10 +425,12 @@ def override(
         *groups, last = path.split('.')
         at = data
         for group in groups:
+            if group not in at:
+                group = group.replace('-', '_')
             known = isinstance(at.get(group), dict)
             check(known, f'unknown key {path}; there is no group {group!r} of settings')
             at = at[group]
-        at[last] = _shown(value)
+        at[last if last in at else last.replace('-', '_')] = _shown(value)  # as on the command line
     return build(type(config), data)
 
 def flatten(

@@ -260,8 +260,9 @@ class Progress:
         self.written = time.monotonic()
         if isinstance(sys.stderr, io.StringIO):
             return
-        seconds, more = self.written - self.began, dict(unit=self.unit, postfix=note, initial=self.initial)
-        line = tqdm.format_meter(self.done, self.total or 0, seconds, 90, self.desc, **more)
+        seconds = self.written - self.began
+        line = tqdm.format_meter(self.done, self.total or 0, seconds, 90, self.desc, False, self.unit,
+                                 postfix=note, initial=self.initial)
         print(line, file=sys.stderr, flush=True)
 
 def progress(

@@ -533,7 +533,13 @@ def task_of(
     split:str='test', # train, val or test
 )->Task:
     "The task of a configuration."
-    return load_task(name, n, split=split, root=data.root, prompts=data.prompts, size=data.size)
+    try:
+        return load_task(name, n, split=split, root=data.root, prompts=data.prompts, size=data.size)
+    except AgftError as e:
+        option = 'train.images' if split == 'train' else 'search.images' if split == 'val' else 'eval.images'
+        if 'images asked for' not in str(e):
+            raise
+        raise type(e)(f'{e}; --{option} says how many, None: all') from None
 
 # %% ../nbs/05_data.ipynb #38b14fea
 @lru_cache(maxsize=2)

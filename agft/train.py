@@ -360,7 +360,8 @@ def prepare_run(
     n = config.train.images
     source = task_of(config.data, config.data.source, n, 'train') if task is None else task.subset(n)
     _check_labels(source, tuner, config)
-    batch_indices(len(source), config.train.batch_size, 0) # refuses a batch that is larger than the task
+    images, batch = len(source), config.train.batch_size
+    check(batch <= images, f'train.batch_size is {batch}; allowed: 1 to the {images} images of {source.name}')
     inputs = dict(teacher=fingerprint(teacher), images=source.digest())
     head = teacher.head(source.classes, source.templates)
     return Run(config, Models(student, teacher, head), tuner, source, inputs)

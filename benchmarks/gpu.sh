@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What waits for a GPU, in one go: pre-training agft-photo from scratch, the speed of a training step and of the attacks,
 # three seeds of the photograph experiment, a full-size encoder's training step, the benchmark on photographs.
-# Needs the packs of photographs (AGFT_DATA).
+# Needs the archives of photographs (AGFT_DATA).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 agft pretrain --preset photo --device cuda --out runs/photo_pretrain_gpu

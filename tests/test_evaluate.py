@@ -1,5 +1,4 @@
 "Flags of each image: what they mean, and that a file of them is whole or absent."
-import io
 from dataclasses import fields, replace
 from typing import Any
 
@@ -13,7 +12,6 @@ from agft.data import load_task
 from agft.evaluation import (
     FLAGS,
     Flags,
-    _Progress,
     evaluate_task,
     evaluate_tasks,
     evaluate_threats,
@@ -134,21 +132,3 @@ def test_a_task_without_labels_is_named(model, task, tmp_path):
     with pytest.raises(AgftError, match=task.name):
         evaluate_tasks(model, [unlabelled], tmp_path, threat('fgsm', EPS))
     assert not (tmp_path/f'{task.name}.npz').exists()
-
-def test_progress_is_a_line_now_and_then_where_stderr_is_no_terminal(monkeypatch):
-    stderr, now = io.StringIO(), [0.]
-    monkeypatch.setattr('sys.stderr', stderr)
-    monkeypatch.setattr('time.monotonic', lambda: now[0])
-    with _Progress('pgd20', 400) as progress:
-        for now[0] in (14, 15, 16, 31):
-            progress.update(100)
-    assert stderr.getvalue() == 'pgd20: 200 of 400 images, 15 s\npgd20: 400 of 400 images, 31 s\n'
-
-def test_progress_is_a_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self): return True
-    stderr = Terminal()
-    monkeypatch.setattr('sys.stderr', stderr)
-    with _Progress('pgd20', 400) as progress:
-        progress.update(400)
-    assert 'pgd20' in stderr.getvalue() and '\r' in stderr.getvalue()

@@ -33,6 +33,7 @@ from agft.registry import (
     read_folder,
     templates_of,
 )
+from agft.results import MEAN, MEAN_OF_ALL, Results
 from agft.weights import SMALL
 
 def main(*args):
@@ -494,12 +495,12 @@ def test_the_papers_table_from_one_command(tmp_path, capsys, monkeypatch):
     line = ('eval run/model.safetensors --preset mine.json --data data --tasks paper15 --threats clean,pgd20 '
             '--eps 1/255 --n 2 --out eval')
     assert main(line.split()) == 0
-    found = json.loads(Path('eval/results.json').read_text())['pgd20 1/255']
-    assert [*found] == ['imagenet', *(t for t in PAPER15 if t != 'imagenet'), 'zero-shot mean', 'mean of all']
-    robust = {t: found[t]['robust'] for t in PAPER15}
-    assert found['mean of all']['robust'] == pytest.approx(np.mean([*robust.values()]))
-    zero_shot = [v for t, v in robust.items() if t != 'imagenet']
-    assert found['zero-shot mean']['robust'] == pytest.approx(np.mean(zero_shot))
+    rows = Results.load('eval/results.json').select(attack='pgd20', eps=1/255).accuracy
+    zero_shot = [name for name in PAPER15 if name != 'imagenet']
+    assert [*rows.task] == ['imagenet', *zero_shot, MEAN, MEAN_OF_ALL]
+    robust = dict(zip(rows.task, rows.robust, strict=True))
+    assert robust[MEAN_OF_ALL] == pytest.approx(np.mean([robust[name] for name in PAPER15]))
+    assert robust[MEAN] == pytest.approx(np.mean([robust[name] for name in zero_shot]))
     assert main(line.replace('--data data', '').replace('--out eval', '--out other').split()) == 2
     assert 'with a data folder' in capsys.readouterr().err
 
