@@ -176,10 +176,11 @@ def evaluate(
     load_plugins(config.plugins)
     threats = threats_of(config.eval)
     model = load_model(name, resize=config.model.resize).to(pick_device(device))
-    tasks = [task_of(config.data, task, config.eval.images) for task in _named_tasks(config)]
+    source = _tuned_on(name, config.data.source)
+    names = sorted(_named_tasks(config), key=lambda task: task != source)  # the source task first
+    tasks = [task_of(config.data, task, config.eval.images) for task in names]
     inputs = dict(model=fingerprint(model), tasks={task.name: task.digest() for task in tasks})
     out = init_run_dir(out, _run('eval', config, inputs))
-    source = _tuned_on(name, config.data.source)
     records = evaluate_model(model, name, tasks, config.eval, out/'flags', source, config.seed)
     results = Results.from_records(records, config=as_dict(config))
     results.about = _about(command, threats, tasks, device, began, inputs=inputs)

@@ -121,7 +121,7 @@ def test_attack_knows_neither_models_nor_data():
     assert run(f'import sys, agft.attack; {known}') == '[]'
 
 HEAVY = {'scipy', 'sklearn', 'pandas', 'matplotlib', 'torchmetrics', 'torchattacks', 'pyautoattack',
-         'transformers', 'datasets', 'peft', 'h5py'}
+         'datasets', 'peft', 'h5py'}  # transformers is imported by open_clip where it is installed
 
 def test_worker_processes_import_only_what_they_use():
     "The modules of the benchmark's jobs: training, evaluation, search."
