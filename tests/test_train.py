@@ -191,7 +191,7 @@ def test_images_and_batch_size(attacked, model, task):
     batch, _, fewer = attacked(train__images=5, train__batch_size=4)
     assert len(batch.x) == 4 and len(fewer.task) == 5
     assert fewer.inputs['images'] != run.inputs['images']
-    with pytest.raises(AgftError, match='batch size is 17; allowed: 1 to the 16'):
+    with pytest.raises(AgftError, match='train.batch_size is 17; allowed: 1 to the 16'):
         prepare_run(config(train__batch_size=17), 'cpu', model, task)
 
 
