@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
-from tyro.conf import FlagConversionOff, Positional, arg
+from tyro.conf import AvoidSubcommands, FlagConversionOff, Positional, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from . import __version__
@@ -206,7 +206,7 @@ def parse(
     try:
         with contextlib.redirect_stderr(errors):
             found = tyro.cli(_COMMANDS[command], default=default, args=long, prog=f'agft {command}',
-                             config=(FlagConversionOff,), description=_description(command))
+                             config=(FlagConversionOff, AvoidSubcommands), description=_description(command))
     except SystemExit as e:
         if not e.code:
             raise

@@ -35,7 +35,7 @@ def parse_radius(
         numerator, _, denominator = value.partition('/')
         return float(numerator)/float(denominator or 1)
     except (ValueError, ZeroDivisionError):
-        raise ValueError('a radius is written like 4/255 or 0.5') from None
+        raise ValueError(f'{value!r} is no radius; write it like 4/255 or 0.5') from None
 
 def format_radius(
     eps:float,  # pixel units
