@@ -38,7 +38,7 @@ def finetune(
     model:ZeroShotCLIP|str,     # the pre-trained model, or what `load_model` loads
     method:str='AGFT',          # a registered method
     out:str|Path='agft_train',  # directory of the run; the same call continues an interrupted run
-    task:Task|None=None,        # training images; None: the preset's source task
+    task:Task|None=None,        # training images, all of them are used; None: the preset's source task
     preset:str|None=None,       # where settings come from; None: the preset of a shipped model
     seed:int=0,                 # of batches and random starts
     device:str='auto',          # auto, cpu or cuda

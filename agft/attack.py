@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import NotFinite, check
+from .core import NotFinite, check, check_known
 
 # %% ../nbs/08_attack.ipynb #5b35c404
 def cross_entropy(
@@ -167,7 +167,7 @@ def check_budget(
     alpha:float=0., # step length, pixel units
 )->Linf|L2:         # the ball of that norm
     "Raise `AgftError` for a budget that no attack can have."
-    check(norm in NORMS, f'unknown norm {norm!r}; allowed: {", ".join(NORMS)}')
+    check_known('norm', norm, NORMS)
     ball, allowed = NORMS[norm], '0 to 1 in pixel units (write 4/255, not 4); L2: 0 or more'
     check(0 <= eps <= ball.most, f'eps is {eps}; allowed: {allowed}')
     check(alpha >= 0, f'alpha is {alpha}; allowed: 0 or more, in pixel units')

@@ -31,7 +31,7 @@ from agft.config import (
     presets,
     validate,
 )
-from .core import AgftError, check, one_line
+from .core import AgftError, check_known, keep_freed_memory, one_line
 
 # %% ../nbs/26_cli.ipynb #632f5645
 _Unnamed = arg(name='') # the fields of a configuration are options without a prefix
@@ -44,6 +44,7 @@ class _Preset:
 @dataclass(frozen=True)
 class _Demo(_Preset):
     "Fine-tune with several methods, evaluate them and the original on every task, write a report."
+    preset:str = 'demo'        # supplies the defaults: a preset's name, or a JSON file of your own
     config:Annotated[Recipe, _Unnamed] = field(default_factory=Recipe)
     out:str = 'agft_demo'      # output directory
     seeds:int = 1              # runs of each method
@@ -124,7 +125,7 @@ _SHORT = {'--data': '--data.root', '--prompts': '--data.prompts', '--model': '--
           '--attacks': '--eval.attacks', '--threats': '--eval.attacks', '--plugin': '--plugins'}
 _SHORT_OF = dict(eval={'--eps': '--eval.eps', '--norm': '--eval.norm', '--n': '--eval.images',
                        '--images': '--eval.images'},
-                 audit={'--n': '--images'})
+                 audit={'--n': '--images', '--task': '--data.source'})
 
 def _long_names(
     command:str, words:Sequence[str],
@@ -201,7 +202,8 @@ def parse(
     long = _with_checkpoint(command, _long_names(command, words))
     default:Any = tyro.MISSING_NONPROP
     if issubclass(_COMMANDS[command], _Preset):
-        default = _default(command, _named(long, '--preset', 'tiny'), _named(long, '--method.name', 'AGFT'))
+        preset = _named(long, '--preset', _COMMANDS[command].preset)
+        default = _default(command, preset, _named(long, '--method.name', 'AGFT'))
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -327,8 +329,10 @@ def main(
         print(f'agft {__version__}')
         return 0
     try:
-        check(words[0] in _COMMANDS, f'unknown command {words[0]!r}; allowed: {", ".join(_COMMANDS)}')
-        _run(words[0], parse(words[0], words[1:]))
+        check_known('command', words[0], _COMMANDS)
+        options = parse(words[0], words[1:])
+        keep_freed_memory()
+        _run(words[0], options)
     except AgftError as e:
         print('agft:', one_line(e), file=sys.stderr)
         return 2

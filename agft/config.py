@@ -22,7 +22,7 @@ from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Field, TypeAdapte
 from typing_extensions import dataclass_transform
 from tyro.constructors import PrimitiveConstructorSpec
 
-from .core import AgftError, check, one_line, package_file, read_json
+from .core import AgftError, check, check_known, one_line, package_file, read_json
 
 # %% ../nbs/01_config.ipynb #968b9358
 def parse_radius(
@@ -110,11 +110,16 @@ class AttackConfig:
     name:str = 'pgd'                 # pgd, or an attack of your own that takes a loss
     norm:Norm = 'Linf'               # norm of the ball
     eps:Radius = 1/255               # radius, pixel units at the task's resolution
-    alpha:Radius = 1/255             # step length, pixel units
+    alpha:Radius|None = None         # step length, pixel units; None: eps
     steps:Annotated[int, Field(ge=0)] = 2 # ascent steps
     random_start:bool = True         # start at a random point of the ball; otherwise at the clean image
     loss:str = 'method'              # ascended loss: method (the method's own), cross-entropy, margin or dlr
     def __post_init__(self): _check_radii(self.norm, self.eps)
+
+    @property
+    def step(self)->float: # pixel units
+        "The step length."
+        return self.eps if self.alpha is None else self.alpha
 
 @_settings
 class OptimConfig:
@@ -390,11 +395,6 @@ _FGSM = 'fgsm', 'mifgsm', 'difgsm', 'tifgsm', 'nifgsm', 'pifgsm', 'pifgsm++'
 ATTACK_NAMES = ('clean', 'pgd20', 'pgd100', 'cw', 'apgd-ce', 'apgd-t', 'autoattack', 'square', *_FGSM,
                 *(f'{name}-random' for name in _FGSM), *(f'{name}-least' for name in _FGSM))
 
-def _check_known(path:str, value:str, known:tuple[str, ...]):
-    near = get_close_matches(value, known, 1)
-    hint = f' (did you mean {near[0]}?)' if near else ''
-    check(value in known, f'{path} is {value!r}{hint}; allowed: {", ".join(known)}')
-
 def check_names(
     config:FinetuneConfig|EvaluateConfig|AuditConfig|Recipe,
 ):
@@ -402,17 +402,17 @@ def check_names(
     if config.plugins:
         return
     if isinstance(config, FinetuneConfig):
-        _check_known('method.name', config.method.name, METHOD_NAMES)
+        check_known('method.name', config.method.name, METHOD_NAMES)
     if isinstance(config, FinetuneConfig | Recipe):
-        _check_known('train.adapter', config.train.adapter, ADAPTER_NAMES)
+        check_known('train.adapter', config.train.adapter, ADAPTER_NAMES)
     if isinstance(config, AuditConfig):
-        _check_known('attack', config.attack, ATTACK_NAMES)
+        check_known('attack', config.attack, ATTACK_NAMES)
     if isinstance(config, EvaluateConfig | Recipe):
         for name in config.eval.attacks:
-            _check_known('eval.attacks', name, ATTACK_NAMES)
+            check_known('eval.attacks', name, ATTACK_NAMES)
     if isinstance(config, Recipe):
         for name in (*config.methods, *config.demo):
-            _check_known('methods', name, METHOD_NAMES)
+            check_known('methods', name, METHOD_NAMES)
 
 # %% ../nbs/01_config.ipynb #4afbfb95
 def override(
@@ -463,8 +463,8 @@ def deep_merge(
 def _read_preset(name:str, seen:tuple[str, ...]=())->dict:
     check(name not in seen, f'preset {name!r} is its own base, by way of {" and ".join(seen)}')
     own = name.endswith('.json')
-    known = ', '.join(presets())
-    check(own or name in presets(), f'unknown preset {name!r}; allowed: {known}, or a JSON file of your own')
+    if not own:
+        check_known('preset', name, presets(), 'or a JSON file of your own')
     settings = read_json(name if own else package_file('presets', f'{name}.json'))
     check(isinstance(settings, dict), f'preset {name} holds {settings!r}; allowed: an object of settings')
     base = settings.pop('base', None)

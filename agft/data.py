@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from .config import DataConfig
-from .core import AgftError, asset, check, read_json, seeded
+from .core import AgftError, asset, check, check_known, read_json, seeded
 from agft.registry import (
     DATA_SETS,
     DECODE_ERRORS,
@@ -73,7 +73,7 @@ def check_prompts(
         check(valid, f"template {template!r} has no '{{}}'; allowed: a text with '{{}}' for the class name")
 
 # %% ../nbs/05_data.ipynb #9e57c58d
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Task:
     "Images with the names and prompts of their classes; checked when it is made."
     name:str                    # what the tables call it
@@ -102,6 +102,11 @@ class Task:
         check(low >= 0 and high <= last, f'{who}: labels range over [{low}, {high}]; allowed: {allowed}')
 
     def __len__(self)->int: return len(self.images)
+
+    def __repr__(self)->str:
+        shape = '×'.join(map(str, self.images.shape[1:]))
+        labels = '' if self.labels is not None else ', no labels'
+        return f'Task({self.name!r}: {len(self)} images {shape}, {len(self.classes)} classes{labels})'
 
     @property
     def resolution(self)->int:
@@ -499,13 +504,15 @@ def load_task(
 )->Task:
     "Make the task `name`."
     check(n is None or n > 0, f'{name}: {n} images asked for; allowed: 1 or more')
-    check(split in SPLITS, f'unknown split {split!r}; allowed: {", ".join(SPLITS)}')
+    check_known('split', split, SPLITS)
     if root and name in DATA_SETS:
         return _published(name, n, seed, split, root, prompts, size)
     if name in TASKS:
         return TASKS[name](n, seed, split)
-    allowed = f'{", ".join(TASKS)}, a folder of your own, or with a data folder {", ".join(DATA_SETS)}'
-    check(Path(name).is_dir(), f'unknown task {name!r}; allowed: {allowed}')
+    if not Path(name).is_dir():
+        known = [*TASKS, *DATA_SETS]
+        check_known('task', name, known, 'or a folder of your own')
+        check(False, f'task {name!r} needs the data folder (option --data) that holds it')
     return _own(Path(name), n, seed, split, prompts, size)
 
 def load_tasks(

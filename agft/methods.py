@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attack import cross_entropy
 from .config import MethodConfig
-from .core import check
+from .core import check, check_known
 from .model import ZeroShotCLIP
 from .registry import Images
 
@@ -141,7 +141,7 @@ def method(
     **settings, # its hyper-parameters; those that are not given have their published values
 )->Method:
     "Make the method `name`."
-    check(name in METHODS, f'unknown method {name!r}; allowed: {", ".join(METHODS)}')
+    check_known('method', name, METHODS)
     allowed = [f.name for f in fields(METHODS[name])]
     for key in settings:
         check(key in allowed, f'{name} has no {key}; it takes {", ".join(allowed)}')

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import AgftError, check, import_torchvision, one_line
+from .core import AgftError, check, check_known, import_torchvision, one_line
 from .data import check_prompts
 
 if TYPE_CHECKING:
@@ -75,6 +75,10 @@ class ZeroShotCLIP(nn.Module):
         self.prompts = nn.ParameterDict()  # the learned inputs, by their name in checkpoints and fingerprints
         self.register_buffer('mean', torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def __repr__(self)->str:
+        height, width = self.size
+        return f'ZeroShotCLIP({self.name!r}, {height}×{width} pixels, logit scale {self.logit_scale:.4g})'
 
     @property
     def device(self)->torch.device: return self.mean.device
@@ -186,7 +190,7 @@ def add_learned_input(
 ):
     "Give a model a learned input, or replace the one that it has."
     visual, inputs = model.visual, model.learned_inputs
-    check(kind in ('pixels', 'tokens'), f'unknown learned input {kind!r}; allowed: pixels, tokens')
+    check_known('learned input', kind, ('pixels', 'tokens'))
     if kind == 'tokens' and 'tokens' not in inputs:
         norm:Any = getattr(visual, 'ln_pre', None)
         check(norm is not None, f'learned tokens need a vision transformer of open_clip; {model.name} is a '

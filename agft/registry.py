@@ -27,7 +27,16 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
-from .core import AgftError, asset, check, import_torchvision, progress, read_json, write_json
+from agft.core import (
+    AgftError,
+    asset,
+    check,
+    check_known,
+    import_torchvision,
+    progress,
+    read_json,
+    write_json,
+)
 
 # %% auto #0
 __all__ = ['DECODE_ERRORS', 'DATA_SETS', 'PAPER15', 'decode', 'undecodable', 'Listing', 'Images', 'classes_of', 'templates_of',
@@ -202,8 +211,7 @@ def templates_of(
     "The prompts of a data set."
     if not isinstance(prompts, str):
         return tuple(prompts)
-    allowed = 'paper, openai, or a list of sentences'
-    check(prompts in ('paper', 'openai'), f'unknown prompts {prompts!r}; allowed: {allowed}')
+    check_known('prompts', prompts, ('paper', 'openai'), 'or a list of sentences')
     if prompts == 'paper':
         return _PAPER_PROMPTS
     published = _class_names()['templates']
@@ -496,7 +504,7 @@ def data_set(
     name:str, # key of `DATA_SETS`
 )->DataSet:
     "The entry of a name."
-    check(name in DATA_SETS, f'unknown data set {name!r}; allowed: {", ".join(DATA_SETS)}')
+    check_known('data set', name, DATA_SETS)
     return DATA_SETS[name]
 
 def digest(

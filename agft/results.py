@@ -16,7 +16,7 @@ import numpy as np
 
 from .attack import NORMS
 from .config import EvalConfig, format_radius
-from .core import AgftError, check, read_json, write_text
+from .core import AgftError, check, check_known, read_json, write_text
 from .evaluation import Flags
 from .threats import threats_of
 
@@ -263,7 +263,7 @@ class Results:
         "The records that have these values, e.g. select(section='main', eps=4/255)."
         keep = np.ones(len(self.accuracy), bool)
         for column, value in equal.items():
-            check(column in self.accuracy, f'unknown column {column!r}; allowed: {", ".join(COLUMNS)}')
+            check_known('column', column, COLUMNS)
             keep &= (self.accuracy[column] == value).to_numpy(bool, na_value=False)
         return Results(self.accuracy[keep], self.about, self.config, self.tables)
 

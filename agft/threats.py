@@ -44,7 +44,7 @@ from agft.attack import (
     targeted_cross_entropy,
 )
 from .config import EvalConfig, format_radius
-from .core import AgftError, check
+from .core import AgftError, check, check_known
 
 # %% ../nbs/09_threats.ipynb #bec379f6
 class _Classifier(nn.Module):
@@ -329,7 +329,7 @@ def threat(
     norm:str='Linf',   # key of `NORMS`
 )->Threat:
     "The threat of that name and budget; `clean` has no radius."
-    check(name in THREATS, f'unknown threat {name!r}; allowed: {", ".join(THREATS)}')
+    check_known('attack', name, THREATS)
     check_budget(eps, 0, norm)
     attack = THREATS[name]
     supported = ', '.join(attack.norms)

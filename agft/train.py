@@ -197,7 +197,7 @@ def _optional_settings(
     attack:AttackConfig,
 )->dict:
     "The settings of training that the attack's function takes."
-    settings = dict(alpha=attack.alpha, steps=attack.steps, random_start=attack.random_start)
+    settings = dict(alpha=attack.step, steps=attack.steps, random_start=attack.random_start)
     taken = inspect.signature(run).parameters
     return {name: value for name, value in settings.items() if name in taken}
 
@@ -213,7 +213,7 @@ def _attacked(
     if attack.name == 'pgd':
         trace = []
         start = generator if attack.random_start else None
-        x_adv = pgd(logits_fn, x, target, attack.eps, attack.alpha, attack.steps, start, attack.norm, loss,
+        x_adv = pgd(logits_fn, x, target, attack.eps, attack.step, attack.steps, start, attack.norm, loss,
                     trace=trace)
         return x_adv, dict(zero_grad=max((entry['zero_grad'] for entry in trace), default=0.))
     known = THREATS[attack.name]
@@ -307,7 +307,7 @@ def _check_names(
     names = ['pgd', *(name for name, known in THREATS.items() if known.takes_loss)]
     check(attack.name in names, f'attack.name is {attack.name!r}; allowed in training: {", ".join(names)}, '
           'or an attack of your own that takes a loss')
-    check_budget(attack.eps, attack.steps, attack.norm, attack.alpha)
+    check_budget(attack.eps, attack.steps, attack.norm, attack.step)
     norms = NORMS if attack.name == 'pgd' else THREATS[attack.name].norms
     check(attack.norm in norms, f'attack {attack.name!r} has no norm {attack.norm!r}; allowed: '
           f'{", ".join(norms)}')

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .core import check, seeded
+from .core import check, check_known, seeded
 
 # %% auto #0
 __all__ = ['SIDE', 'COLOURS', 'SHAPES', 'THINGS', 'LETTERS', 'DIGITS', 'FIELDS', 'WORLD_TASKS', 'SPLITS', 'Attributes', 'sample',
@@ -88,7 +88,7 @@ class Attributes:
         name:str, # one of `FIELDS`
     )->Tensor:    # (n,) int64
         "The attribute of that name."
-        check(name in FIELDS, f'unknown attribute {name!r}; allowed: {", ".join(FIELDS)}')
+        check_known('attribute', name, FIELDS)
         return getattr(self, name)
 
     def select(self,
@@ -104,7 +104,7 @@ def _check_fixed(
     value:int|Tensor, # one value, or one for each image (n,)
 ):
     "Raise `AgftError` unless the value of a fixed attribute is allowed."
-    check(name in FIELDS, f'unknown attribute {name!r}; allowed: {", ".join(FIELDS)}')
+    check_known('attribute', name, FIELDS)
     values, number = torch.as_tensor(value), len(FIELDS[name])
     ok = values.shape in ((), (n,)) and values.min() >= 0 and values.max() < number
     check(ok, f'{name} is {values.tolist()}; allowed: one of 0 to {number - 1}, or {n} of them')
@@ -765,8 +765,8 @@ def world_task(
     split:str='test',  # train, val or test: no two share an image
 )->tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...]]: # images uint8, labels, class names, templates
     "Draw the images of one task."
-    check(name in _QUESTIONS, f'unknown world task {name!r}; allowed: {", ".join(WORLD_TASKS)}')
-    check(split in SPLITS, f'unknown split {split!r}; allowed: {", ".join(SPLITS)}')
+    check_known('world task', name, _QUESTIONS)
+    check_known('split', split, SPLITS)
     check(n >= 1, f'{n} images asked for; allowed: 1 or more')
     classes, templates = _QUESTIONS[name]
     generator = seeded('world', name, seed, split)

@@ -64,7 +64,7 @@ def soft_pgd(classifier, x, target, attack):
     for _ in range(attack.steps):
         x_adv.requires_grad = True
         grad, = torch.autograd.grad(F.cross_entropy(classifier(x_adv), target), x_adv)
-        delta = (x_adv.detach() + attack.alpha*grad.sign() - x).clamp(-attack.eps, attack.eps)
+        delta = (x_adv.detach() + attack.step*grad.sign() - x).clamp(-attack.eps, attack.eps)
         x_adv = (x + delta).clamp(0, 1).detach()
     return x_adv
 
@@ -75,7 +75,7 @@ def plain(preset, method, device):
     attack, batch_size = run.config.attack, run.config.train.batch_size
     student, teacher, head = run.models
     classifier = Classifier(student, head, run.method.logit_scale).eval()
-    label_pgd = torchattacks.PGD(classifier, attack.eps, attack.alpha, attack.steps, random_start=True)
+    label_pgd = torchattacks.PGD(classifier, attack.eps, attack.step, attack.steps, random_start=True)
     labels = run.task.require_labels()
     def step(t):
         indices = batch_indices(len(run.task), batch_size, t)

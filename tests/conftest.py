@@ -5,6 +5,8 @@ import pytest
 from agft.config import as_dict, load_preset
 from agft.core import import_torchvision
 from agft.data import archives_dir
+from agft.methods import METHODS
+from agft.threats import THREATS
 
 import_torchvision()  # the test modules import open_clip, which imports torchvision
 
@@ -16,6 +18,16 @@ def pytest_report_header(config):
     if archives_dir():
         return 'photographs: the archives that are here are used'
     return 'photographs: none here; tests use archives that they make (set AGFT_DATA to use real ones)'
+
+
+@pytest.fixture(autouse=True)
+def registries_as_they_were():
+    "What a test registers, its plugin's method for one, is gone after the test."
+    before = {*METHODS, *THREATS}
+    yield
+    for registry in (METHODS, THREATS):
+        for name in {*registry} - before:
+            del registry[name]
 
 
 @pytest.fixture
