@@ -15,7 +15,7 @@ from .auditing import Verdict
 from .auditing import audit as audit_logits
 from .config import EvalConfig, Norm, build, load_preset, override, parse_radius, presets
 from .core import check, pick_device
-from .data import Task, load_tasks
+from .data import Task, load_tasks, tell_apart
 from .evaluation import evaluate_threats
 from .model import ZeroShotCLIP
 from .results import Record, Results, Run, attack_and_radius, summarise
@@ -81,7 +81,8 @@ def _loaded(tasks:Sequence[Task|str]|Task|str)->list[Task]:
     "Tasks, loaded where they are names."
     several = [tasks] if isinstance(tasks, Task | str) else list(tasks)
     check(several, 'there are no tasks; allowed: 1 or more')
-    return [load_tasks([task])[0] if isinstance(task, str) else task for task in several]
+    found = [load_tasks([task])[0] if isinstance(task, str) else task for task in several]
+    return tell_apart(found, [task if isinstance(task, str) else '' for task in several])
 
 def evaluate_model(
     model:ZeroShotCLIP,    # on its device

@@ -14,8 +14,8 @@ from typing import Any
 
 from . import __version__
 from .config import EvalConfig, Recipe, as_dict
-from .core import cached_json, init_run_dir, parallel_map, pick_device
-from .data import Task, task_of
+from .core import cached_json, check_same, file_digests, open_run, parallel_map, pick_device
+from .data import Task, task_of, tasks_of
 from .diagnostics import Trained, calibration_rows, cost_rows, embedding_rows
 from .evaluation import evaluate_threats
 from .model import fingerprint, interpolate
@@ -24,7 +24,7 @@ from .results import MEAN, Record, Results, Run, attack_and_radius, paired, summ
 from .search import Trial, run_dir, search_all, training_seconds, with_rates
 from .threats import Threat, load_plugins, threats_of
 from .train import finetune
-from .weights import load_model, save_model
+from .weights import load_model, read_notes, save_model
 
 # %% auto #0
 __all__ = ['Runs', 'test_tasks', 'train_all', 'evaluate_all', 'records_of', 'differences', 'quick', 'without_root', 'describe',
@@ -37,7 +37,7 @@ def test_tasks(
 )->list[Task]:
     "The source task and the zero-shot tasks of a recipe, test split."
     names = (recipe.data.source, *recipe.data.zero_shot)
-    return [task_of(recipe.data, name, n or recipe.eval.images) for name in names]
+    return tasks_of(recipe.data, names, n or recipe.eval.images)
 
 def _train(
     recipe:Recipe, method:str, seed:int, folder:Path, device:str,
@@ -149,9 +149,12 @@ def _interpolated_models(
     for model in models:
         for share in recipe.protocol.weights.shares:
             path = out/'interpolated'/f'{model.method}-{share}.safetensors'
-            path.parent.mkdir(parents=True, exist_ok=True)
+            tuned = [*file_digests([model.source]).values()]
+            inputs = dict(share=share, original=fingerprint(original), tuned=tuned)
             if not path.exists():
-                save_model(interpolate(original, load_model(model.source), share), path)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_model(interpolate(original, load_model(model.source), share), path, inputs=inputs)
+            check_same(path, read_notes(path).get('inputs'), inputs)
             between.append(Trained(f'{model.method} {share:g}', model.seed, str(path)))
         between.append(Trained(f'{model.method} 1', model.seed, model.source))
     return between
@@ -222,7 +225,8 @@ def describe(
 )->str:
     "All that must stand beside a number."
     resolutions = [task.resolution for task in tasks]
-    return '; '.join(threat.describe(resolutions) for threat in threats)
+    left_out = [f'{task.name}: {task.note}' for task in tasks if task.note]
+    return '; '.join([*(threat.describe(resolutions) for threat in threats), *left_out])
 
 def _variants(
     parts:_Bench, first:Sequence[Trained], # one model of each method
@@ -252,8 +256,12 @@ def _sections(
     shown = [model for model in first if model.method in ('CLIP', 'TeCoA', 'AGFT')]
     drawn = task_of(recipe.data, protocol.calibration.tsne, protocol.images)
     tables |= calibration_rows(recipe, first, tasks, eps, out/'calibration', device)
-    tables['tsne'] = cached_json(out/'tsne.json', lambda: embedding_rows(recipe, shown, drawn, eps, device))
-    tables['cost'] = cached_json(out/'cost.json', lambda: cost_rows(recipe, device))
+    weights = [*file_digests([model.source for model in shown]).values()]
+    inputs = dict(weights=weights, task=drawn.digest(), eps=eps)
+    tables['tsne'] = cached_json(
+        out/'tsne.json', lambda: embedding_rows(recipe, shown, drawn, eps, device), inputs)
+    tables['cost'] = cached_json(
+        out/'cost.json', lambda: cost_rows(recipe, device), dict(config=without_root(recipe)))
     tables['paired'] = differences(runs, parts.source)
     return Results.from_records(records + more, tables={name: table(rows) for name, rows in tables.items()})
 
@@ -265,29 +273,39 @@ def bench(
     search:bool=True,         # search learning rates; otherwise the recipe's are used
 )->Results:                   # also written to results.json in `out`
     "Run every method of a recipe's protocol, every table."
-    began, protocol, methods = time.time(), recipe.protocol, [*recipe.methods]
+    began, protocol = time.time(), recipe.protocol
     load_plugins(recipe.plugins)
     for eval in (recipe.eval, protocol.sweep, protocol.strong, protocol.unseen):
         threats_of(eval)      # unknown names are errors before anything is trained
     original = load_model(recipe.model.name, resize=recipe.model.resize)
-    run = dict(command='bench', version=__version__, config=without_root(recipe), search=search,
-               inputs=dict(teacher=fingerprint(original)))
-    out = init_run_dir(out, run)
-    trials = search_all(recipe, methods, out, device) if search else []
-    recipe = with_rates(recipe, trials)
+    parts = _Bench(recipe, Path(out), device)
+    inputs = dict(teacher=fingerprint(original), plugins=file_digests(recipe.plugins),
+                  tasks={task.name: task.digest() for task in parts.tasks(protocol.images)})
+    config = without_root(recipe)
+    run = dict(command='bench', version=__version__, config=config, search=search, inputs=inputs)
+    with open_run(out, run):
+        results = _run_bench(parts, search)
+        results.about = dict(
+            command=command,
+            version=__version__,
+            machine=machine(pick_device(device)),
+            seeds=protocol.seeds,
+            threats=describe(threats_of(recipe.eval), parts.tasks(protocol.images)),
+            training_seconds=training_seconds(parts.out),
+            seconds=round(time.time() - began, 1))
+        results.save(parts.out/'results.json')
+    return results
+
+def _run_bench(
+    parts:_Bench, search:bool,
+)->Results:                   # without what stands beside the numbers
+    "Search, train, evaluate."
+    out, methods = parts.out, [*parts.recipe.methods]
+    trials = search_all(parts.recipe, methods, out, parts.device) if search else []
+    recipe = parts.recipe = with_rates(parts.recipe, trials)
     def folder(method:str, seed:int)->Path: return run_dir(out, method, recipe.method(method).lr, seed)
-    parts = _Bench(recipe, out, device)
-    results = _sections(parts, train_all(recipe, methods, protocol.seeds, folder, device))
+    results = _sections(parts, train_all(recipe, methods, recipe.protocol.seeds, folder, parts.device))
     given = [Trial(method, recipe.method(method).lr or 0., None, None, True, '') for method in methods]
     results.tables['lr'] = table(trials or given)
     results.config = as_dict(recipe)
-    results.about = dict(
-        command=command,
-        version=__version__,
-        machine=machine(pick_device(device)),
-        seeds=protocol.seeds,
-        threats=describe(threats_of(recipe.eval), parts.tasks(protocol.images)),
-        training_seconds=training_seconds(out),
-        seconds=round(time.time() - began, 1))
-    results.save(out/'results.json')
     return results

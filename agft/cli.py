@@ -8,10 +8,13 @@ __all__ = ['parse', 'command_line', 'main']
 # %% ../nbs/26_cli.ipynb #24a70370
 import contextlib
 import io
+import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -31,7 +34,7 @@ from agft.config import (
     presets,
     validate,
 )
-from .core import AgftError, check_known, keep_freed_memory, one_line
+from .core import AgftError, check_known, ended_by, keep_freed_memory, one_line
 
 # %% ../nbs/26_cli.ipynb #632f5645
 _Unnamed = arg(name='') # the fields of a configuration are options without a prefix
@@ -317,11 +320,26 @@ def _usage()->str:
     lines = ['usage: agft COMMAND [OPTIONS]', '', what, '', 'commands:', *rows, '', known, more]
     return '\n'.join(lines)
 
+@contextlib.contextmanager
+def _terminable()->Iterator[None]:
+    "Within the block, SIGTERM ends the process as an exception does: workers end, locks are given back."
+    def end(number:int, frame:object): raise ended_by(number)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if main_thread else None
+    try:
+        yield
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
 def main(
     argv:list[str]|None=None,  # arguments; None takes the process's own
-)->int:                        # exit code: 0 done, 2 bad input, 130 interrupted
+)->int:                        # exit code, see the table above
     "Run one command."
     words = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors='backslashreplace')  # an old code page has no ε and no ±
     if not words or words[0] in ('-h', '--help'):
         print(_usage())
         return 0 if words else 2
@@ -332,11 +350,22 @@ def main(
         check_known('command', words[0], _COMMANDS)
         options = parse(words[0], words[1:])
         keep_freed_memory()
-        _run(words[0], options)
-    except AgftError as e:
-        print('agft:', one_line(e), file=sys.stderr)
+        with _terminable():
+            _run(words[0], options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (AgftError, OSError, MemoryError) as e:
+        memory = 'not enough memory: use fewer or smaller images, or a smaller batch; '
+        print('agft:', (memory if isinstance(e, MemoryError) else '') + one_line(e), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('agft: interrupted; the same command continues', file=sys.stderr)
         return 130
+    except SystemExit as e:
+        if e.code != 143:
+            raise
+        print('agft: terminated; the same command continues', file=sys.stderr)
+        return 143
     return 0

@@ -5,8 +5,10 @@
 # %% ../nbs/25_commands.ipynb #73d251e0
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
@@ -30,8 +32,8 @@ from agft.bench import (
 )
 from .bench_report import bench_page
 from .config import AuditConfig, EvaluateConfig, FinetuneConfig, Recipe, as_dict
-from .core import AgftError, check, init_run_dir, pick_device, seeded, write_json, write_text
-from .data import Task, task_of
+from .core import AgftError, check, file_digests, open_run, pick_device, seeded, write_json, write_text
+from .data import Task, task_of, tasks_of
 from .model import ZeroShotCLIP, fingerprint
 from .registry import DATA_SETS, PAPER15, Missing, classes_of, data_report, data_set, digest, fetch, pack
 from .report import html_report, machine, pareto, task_bars
@@ -61,21 +63,29 @@ def demo(
     load_plugins(recipe.plugins)
     threats = threats_of(recipe.eval)
     original = load_model(recipe.model.name, resize=recipe.model.resize)
-    out = init_run_dir(out, _run('demo', recipe, dict(teacher=fingerprint(original)), seeds=seeds))
     tasks = test_tasks(recipe)
+    inputs = dict(teacher=fingerprint(original), tasks={task.name: task.digest() for task in tasks})
+    with open_run(out, _run('demo', recipe, inputs, seeds=seeds)) as folder:
+        results, page = _demo(recipe, folder, seeds, device, tasks, threats)
+        results.about = _about(command, threats, tasks, device, began, seeds=seeds)
+        results.save(folder/'results.json')
+        write_text(folder/'report.html', page())
+    for label in results.threats():
+        print(f'\n{label}\n{markdown(by_task(_under(results, label)))}', flush=True)
+    print(f'\n{time.time() - began:.0f} s; {out} holds results.json, report.html and the checkpoints')
+    return results
+
+def _demo(
+    recipe:Recipe, out:Path, seeds:int, device:str, tasks:Sequence[Task], threats:Sequence[Threat],
+)->tuple[Results, Callable]: # the results; what makes the report of them
+    "Train and evaluate."
     steps = f'{recipe.train.steps} steps of {recipe.train.batch_size} images'
     work = f'{steps}, then {len(tasks)} tasks; {seeds} seed(s)'
     print(f'{recipe.model.name}: {", ".join(recipe.demo)} on {recipe.data.source!r}, {work}', flush=True)
     models = train_all(recipe, recipe.demo, seeds, lambda method, seed: out/f'{method}-{seed}', device)
     runs = evaluate_all(recipe, models, tasks, recipe.eval, out/'flags', device)
     results = Results.from_records(records_of(runs, recipe.eval, recipe.data.source), config=as_dict(recipe))
-    results.about = _about(command, threats, tasks, device, began, seeds=seeds)
-    results.save(out/'results.json')
-    write_text(out/'report.html', _demo_page(recipe, results, models, tasks[0], threats[0]))
-    for label in results.threats():
-        print(f'\n{label}\n{markdown(by_task(_under(results, label)))}', flush=True)
-    print(f'\n{time.time() - began:.0f} s; {out} holds results.json, report.html and the checkpoints')
-    return results
+    return results, partial(_demo_page, recipe, results, models, tasks[0], threats[0])
 
 def _about(
     command:str, threats:Sequence[Threat], tasks:Sequence[Task], device:str, began:float, **more,
@@ -87,6 +97,7 @@ def _about(
 
 def _run(command:str, config:Any, inputs:dict, **more)->dict:
     "The content of run.json."
+    inputs = inputs | dict(plugins=file_digests(config.plugins))
     return dict(command=command, version=__version__, config=without_root(config), **more, inputs=inputs)
 
 def _under(results:Results, label:str)->Results:
@@ -178,13 +189,14 @@ def evaluate(
     model = load_model(name, resize=config.model.resize).to(pick_device(device))
     source = _tuned_on(name, config.data.source)
     names = sorted(_named_tasks(config), key=lambda task: task != source)  # the source task first
-    tasks = [task_of(config.data, task, config.eval.images) for task in names]
+    tasks = tasks_of(config.data, names, config.eval.images)
+    source = dict(zip(names, (task.name for task in tasks), strict=True)).get(source, source)
     inputs = dict(model=fingerprint(model), tasks={task.name: task.digest() for task in tasks})
-    out = init_run_dir(out, _run('eval', config, inputs))
-    records = evaluate_model(model, name, tasks, config.eval, out/'flags', source, config.seed)
-    results = Results.from_records(records, config=as_dict(config))
-    results.about = _about(command, threats, tasks, device, began, inputs=inputs)
-    results.save(out/'results.json')
+    with open_run(out, _run('eval', config, inputs)) as folder:
+        records = evaluate_model(model, name, tasks, config.eval, folder/'flags', source, config.seed)
+        results = Results.from_records(records, config=as_dict(config))
+        results.about = _about(command, threats, tasks, device, began, inputs=inputs)
+        results.save(folder/'results.json')
     print(f'{results.about["threats"]}\n{markdown(by_task(results))}')
     return results
 
@@ -200,17 +212,17 @@ def audit(
     check(config.eps > 0, 'eps is 0; allowed: above 0')
     load_plugins(config.plugins)
     model = load_model(name, resize=config.model.resize).to(pick_device(device))
-    out = init_run_dir(out, _run('audit', config, dict(model=fingerprint(model))))
-    verdicts, task = audit_model(config, model, device)
-    about = dict(command=command, task=task.name, images=len(task), version=__version__,
-                 machine=machine(pick_device(device)), seconds=round(time.time() - began, 1))
-    found = {verdict.name: dict(ok=verdict.ok, finding=verdict.finding) for verdict in verdicts}
-    write_json(out/'audit.json', dict(verdicts=found, about=about))
-    rows = [dict(check=v.name, verdict='✓ ok' if v.ok else '✗ flag', finding=v.finding) for v in verdicts]
-    shown = table(rows).set_index('check')
-    figures = {'What the checks measured.': audit_figure(verdicts)}
-    page = html_report(f'agft audit: {Path(name).name}', {'Verdicts': shown}, about, figures)
-    write_text(out/'audit.html', page)
+    with open_run(out, _run('audit', config, dict(model=fingerprint(model)))) as folder:
+        verdicts, task = audit_model(config, model, device)
+        about = dict(command=command, task=task.name, images=len(task), version=__version__,
+                     machine=machine(pick_device(device)), seconds=round(time.time() - began, 1))
+        found = {verdict.name: dict(ok=verdict.ok, finding=verdict.finding) for verdict in verdicts}
+        write_json(folder/'audit.json', dict(verdicts=found, about=about))
+        rows = [dict(check=v.name, verdict='✓ ok' if v.ok else '✗ flag', finding=v.finding) for v in verdicts]
+        shown = table(rows).set_index('check')
+        figures = {'What the checks measured.': audit_figure(verdicts)}
+        page = html_report(f'agft audit: {Path(name).name}', {'Verdicts': shown}, about, figures)
+        write_text(folder/'audit.html', page)
     failed = [verdict.name for verdict in verdicts if not verdict.ok]
     print(markdown(shown))
     print(f'\ndo not believe this number: {", ".join(failed)}' if failed else '\nevery check passed')
@@ -227,14 +239,15 @@ def tune(
     began = time.time()
     load_plugins(recipe.plugins)
     original = load_model(recipe.model.name, resize=recipe.model.resize)
-    out = init_run_dir(out, _run('tune', recipe, dict(teacher=fingerprint(original))))
-    trials = search_all(recipe, recipe.demo, out, device)
-    val = task_of(recipe.data, recipe.data.source, 1, 'val')
-    more = dict(images=recipe.search.images, split='val', score='clean + robust')
-    more |= dict(training_seconds=training_seconds(out))
-    about = _about(command, threats_of(recipe.eval)[:1], [val], device, began, **more)
-    results = Results.from_records([], about=about, config=as_dict(recipe), tables=dict(lr=table(trials)))
-    results.save(out/'tune.json')
+    val = task_of(recipe.data, recipe.data.source, recipe.search.images, 'val')
+    inputs = dict(teacher=fingerprint(original), tasks={val.name: val.digest()})
+    with open_run(out, _run('tune', recipe, inputs)) as folder:
+        trials = search_all(recipe, recipe.demo, folder, device)
+        more = dict(images=recipe.search.images, split='val', score='clean + robust')
+        more |= dict(training_seconds=training_seconds(folder))
+        about = _about(command, threats_of(recipe.eval)[:1], [val], device, began, **more)
+        results = Results.from_records([], about=about, config=as_dict(recipe), tables=dict(lr=table(trials)))
+        results.save(folder/'tune.json')
     print(markdown(results.tables['lr'].drop(columns='diverged'), 4, index=False))
     return results
 
@@ -282,6 +295,8 @@ def data(
     known = {name: data_set(name) for name in names}
     check(what == 'list' or folder is not None, f'agft data {what} needs a data folder')
     root, explicit, splits = Path(folder or ''), bool(sets), (split,) if split else ('train', 'test')
+    there = what in ('list', 'get') or os.path.isdir(root)
+    check(there, f'{str(root)!r} is no folder; allowed: a data folder')
     if what == 'list':
         rows = _list_sets(names, explicit)
     elif what == 'check':
@@ -293,7 +308,11 @@ def data(
         wanted = [name for name, entry in known.items() if part in entry.counts]
         rows = [_attempt(name, part, explicit, pack, root, name, part) for name in wanted]
     print(markdown(table(rows), index=False))
-    fine = 'ok', 'packed', 'there', 'absent', str(folder)
-    failed = [str(row['name']) for row in rows if what != 'list' and not str(row['state']).startswith(fine)]
+    failed = []
+    for row in rows:
+        state = str(row.get('state', ''))
+        fine = state.startswith(('ok', 'packed')) if what == 'check' else not state.startswith('failed')
+        if not fine:
+            failed.append(str(row['name']))
     check(not failed, f'{len(failed)} of {len(rows)} are not ready: {", ".join(dict.fromkeys(failed))}')
     return rows

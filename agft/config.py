@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from typing_extensions import dataclass_transform
@@ -40,7 +40,9 @@ def parse_radius(
 def format_radius(
     eps:float,  # pixel units
 )->str:
-    "The shortest way to write a radius: 4/255 or 0.5."
+    "The shortest way to write a radius: 4/255 or 0.5; 1 is 255/255, because 1 reads like 1/255."
+    if eps == 1:
+        return '255/255'
     texts = f'{255*eps:.4g}/255', f'{eps:.4g}', repr(float(eps))
     exact = [text for text in texts if parse_radius(text) == eps]
     return min(exact, key=len)
@@ -138,7 +140,11 @@ class TrainConfig(OptimConfig):
     "Fine-tuning on adversarial images."
     images:Count|None = None         # training images; None: all
     batch_size:Count = 128           # images a step
-    precision:Literal['fp32', 'bf16'] = 'fp32' # of the encoder; losses and attack steps stay in fp32
+    accumulate:Count = 1             # parts in which a process takes its images of a batch, to save memory
+    precision:Literal['fp32', 'tf32', 'bf16', 'fp16'] = 'fp32' # of the encoder; losses stay in fp32
+    checkpoint_activations:bool = False # compute them again in the backward pass, to save memory
+    compile:bool = False             # compile the image encoder with torch.compile
+    start_from:str|None = None       # go on from the last checkpoint of this run, which has another rate
     adapter:str = 'encoder'          # what learns: encoder (all weights), pixel-prompt, token-prompt, lora
 
 # %% ../nbs/01_config.ipynb #6f3b4f8e
@@ -325,10 +331,12 @@ def _class_at(
     keys:tuple, # a path of keys in it
 )->type:
     "The dataclass that holds the last key of a path."
-    for key in keys[:-1]:
-        kinds = {f.name: f.type for f in fields(cls)}
-        kind = kinds.get(key, cls)  # a key of `methods` is no field: the class stays
+    remaining = iter(keys[:-1])
+    for key in remaining:
+        kind = next(f.type for f in fields(cls) if f.name == key)
         cls = next(c for c in (kind, *get_args(kind)) if is_dataclass(c))
+        if get_origin(kind) is dict:
+            next(remaining, None)  # a name in `methods` is no field
     return cls
 
 def _explain(

@@ -5,14 +5,19 @@
 # %% ../nbs/00_core.ipynb #8556eade
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.resources
 import io
 import json
 import os
+import signal
+import socket
 import sys
+import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from difflib import get_close_matches
@@ -22,11 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
 
 # %% auto #0
 __all__ = ['import_torchvision', 'AgftError', 'NotFinite', 'check', 'check_known', 'one_line', 'raises', 'seeded', 'pick_device',
-           'write_text', 'write_json', 'read_json', 'cached_json', 'check_run_dir', 'init_run_dir', 'package_file',
-           'asset', 'Progress', 'progress', 'keep_freed_memory', 'parallel_map']
+           'whole_file', 'write_text', 'write_json', 'read_json', 'check_run_dir', 'check_same', 'locked',
+           'file_digests', 'open_run', 'cached_json', 'package_file', 'asset', 'Progress', 'progress',
+           'keep_freed_memory', 'parallel_map', 'processes', 'signals_noted', 'ended_by']
 
 # %% ../nbs/00_core.ipynb #a0113593
 _declared = []  # keeps the operators alive: a library that is garbage-collected takes its operators with it
@@ -126,27 +133,57 @@ def pick_device(
     present += [f'cuda:{i}' for i in range(torch.cuda.device_count())]
     allowed = ['auto', *present]
     check(name in allowed, f"device {name!r} is not available; allowed here: {', '.join(allowed)}")
+    if name == 'auto' and os.environ.get('WORLD_SIZE', '1') != '1':
+        return torch.device(str(processes().device))  # each process has its own
     if name == 'auto':
         name = 'cuda' if 'cuda' in present else 'cpu'
     return torch.device(name)
 
 # %% ../nbs/00_core.ipynb #92d43db1
+def _wait_for_disk(
+    path:Path, # a file or a folder
+):
+    "Return when the disk holds it."
+    if path.is_dir() and os.name != 'posix':
+        return # folders cannot be opened elsewhere
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+@contextlib.contextmanager
+def whole_file(
+    path:str|Path,     # what is written; folders are made
+)->Iterator[Path]:     # a temporary path for the content
+    "Write a file as a whole or not at all."
+    path = Path(path)
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _wait_for_disk(temporary)
+        os.replace(temporary, path)
+        _wait_for_disk(path.parent)
+    except OSError as e:
+        raise AgftError(f'{path} cannot be written ({e.strerror or e}); what was there is unchanged') from e
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
 def write_text(
     path:str|Path, # written as a whole or not at all
     text:str,      # UTF-8
 ):
-    "Write a text file, atomically; folders are made."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
+    "Write a text file."
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding='utf-8')
 
 def write_json(
     path:str|Path, # written as a whole or not at all
     obj:Any,       # what json can write
 ):
-    "Write `obj` as JSON, atomically; folders are made."
+    "Write `obj` as JSON."
     write_text(path, json.dumps(obj, indent=1, ensure_ascii=False) + '\n')
 
 # %% ../nbs/00_core.ipynb #66fb64f5
@@ -158,17 +195,8 @@ def read_json(
     check(path.is_file(), f'{path} is missing')
     try:
         return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise AgftError(f'{path} is not readable as JSON ({e}); it may be truncated') from None
-
-def cached_json(
-    path:Path,      # JSON file that keeps the value
-    make:Callable,  # called without arguments -> what the file shall hold
-)->Any:
-    "Read a value from its file, or make it and write the file."
-    if not path.exists():
-        write_json(path, make())
-    return read_json(path)
+    except (ValueError, RecursionError) as e:
+        raise AgftError(f'{path} is not readable as JSON ({one_line(e)}); it may be truncated') from None
 
 # %% ../nbs/00_core.ipynb #ee80b0ed
 def check_run_dir(
@@ -190,25 +218,88 @@ def _differences(old:Any, new:Any, path:str='')->list[str]:
         keys = sorted(old.keys() | new.keys())
         nested = [_differences(old.get(key), new.get(key), f'{path}.{key}' if path else key) for key in keys]
         return [text for texts in nested for text in texts]
-    return [] if old == new else [f'{path} ({old!r} there, {new!r} now)']
+    return [] if old == new else [f'{path or "content"} ({old!r} there, {new!r} now)']
 
-def init_run_dir(
-    out:str|Path, # the output directory; made if it does not exist
-    run:dict,     # every setting that the results depend on
-)->Path:          # the directory
-    "Make `out` the directory of this run, or continue the same run; another run's directory is an error."
-    out, run = Path(out), json.loads(json.dumps(run))  # as it will be read back: tuples become lists
-    check_run_dir(out)
-    if (out/'run.json').exists():
-        differ = _differences(read_json(out/'run.json'), run)
-        check(not differ, f'{out} holds another run, with a different {", ".join(differ)}; '
-              'name another directory, or remove that one')
-        return out
+def check_same(
+    what:str|Path, # a file or a directory
+    there:Any,     # what it says that it depends on
+    now:dict,      # what it must depend on to be used
+):
+    "Raise `AgftError`, naming each key that differs."
+    differ = _differences(there, json.loads(json.dumps(now)))  # as it was written: tuples become lists
+    check(not differ, f'{what} is of another run, with a different {", ".join(differ)}; '
+          'name another directory, or remove that one')
+
+_PATIENCE = 5 # seconds in which the workers of a process that was killed end
+
+@contextlib.contextmanager
+def locked(
+    folder:str|Path,   # made if it does not exist
+)->Iterator[Path]:     # the folder
+    "Keep other processes out of a folder."
+    from filelock import FileLock, Timeout
+    folder = Path(folder)
     try:
-        write_json(out/'run.json', run)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise AgftError(f'{out} cannot be written ({e.strerror}); name a directory that can') from e
-    return out
+        raise AgftError(f'{folder} cannot be written ({e.strerror}); name another directory') from e
+    if not os.access(folder, os.W_OK):  # what is finished can be read there, and nothing can be damaged
+        yield folder
+        return
+    lock, owner = FileLock(folder/'.lock'), folder/'.owner'
+    try:
+        lock.acquire(timeout=_PATIENCE)
+    except Timeout:
+        who = owner.read_text() if owner.exists() else 'another process'
+        raise AgftError(f'{folder} is in use by {who}; wait for it, or name another directory') from None
+    try:
+        for left in folder.glob('.*.tmp'):  # of a process that was killed
+            left.unlink()
+        write_text(owner, f'process {os.getpid()} on {socket.gethostname()}')
+        yield folder
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+def file_digests(
+    names:Sequence[str], # files; what is no file, the name of a module for one, is left out
+)->dict[str, str]:       # SHA-256 of each file, hexadecimal
+    "What the content of files is recognised by."
+    files = [name for name in names if Path(name).is_file()]
+    return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
+
+@contextlib.contextmanager
+def open_run(
+    out:str|Path,      # the output directory; made if it does not exist
+    run:dict,          # everything that the results depend on
+)->Iterator[Path]:     # the directory, which no other process uses meanwhile
+    "Make `out` the directory of this run, or continue the same run; another run's directory is an error."
+    check_run_dir(out)
+    with locked(out) as folder:
+        file = folder/'run.json'
+        if file.exists():
+            check_same(folder, read_json(file), run)
+        else:
+            write_json(file, run)
+        yield folder
+
+# %% ../nbs/00_core.ipynb #f77fce57
+def _checksum(value:Any)->str: return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+def cached_json(
+    path:Path,         # JSON file that keeps the value
+    make:Callable,     # called without arguments -> what the file shall hold
+    about:dict,        # everything that the value depends on
+)->Any:
+    "Read a value from its file, or make it and write the file."
+    if not path.exists():
+        value = json.loads(json.dumps(make()))
+        write_json(path, dict(about=about, sha256=_checksum(value), value=value))
+    held = read_json(path)
+    whole = isinstance(held, dict) and _checksum(held.get('value')) == held.get('sha256')
+    check(whole, f'{path} was changed or damaged after it was written; remove it to compute it again')
+    check_same(path, held['about'], about)
+    return held['value']
 
 # %% ../nbs/00_core.ipynb #602f85b8
 def package_file(
@@ -229,9 +320,13 @@ def asset(
     return package_file('assets', name)
 
 # %% ../nbs/00_core.ipynb #d0ae162f
+def _is_quiet()->bool:
+    "Whether this is one of several processes that were started together, and not the first."
+    return os.environ.get('RANK', '0') != '0'
+
 def _is_interactive()->bool:
     "Whether bars can be drawn: in a terminal or in JupyterLab, but not by one of several worker processes."
-    if 'AGFT_WORKER' in os.environ:
+    if 'AGFT_WORKER' in os.environ or _is_quiet():
         return False
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
@@ -272,7 +367,7 @@ class Progress:
         "One line; nothing where the error stream is a text in memory."
         from tqdm.auto import tqdm
         self.written = time.monotonic()
-        if isinstance(sys.stderr, io.StringIO):
+        if isinstance(sys.stderr, io.StringIO) or _is_quiet():
             return
         seconds = self.written - self.began
         line = tqdm.format_meter(self.done, self.total or 0, seconds, 90, self.desc, False, self.unit,
@@ -300,10 +395,22 @@ def keep_freed_memory():
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_max, 0)
 
-def _run_job(f:Callable, number:int, job:tuple)->tuple[int, Any]:
+def _end_with(
+    parent:int,   # number of a process
+):
+    "End this process within a second after its parent has ended."
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+def _run_job(f:Callable, number:int, job:tuple, parent:int)->tuple[int, Any]:
     "What a worker process does: call `f`, and say which job it was."
-    os.environ['AGFT_WORKER'] = '1'
-    keep_freed_memory()
+    if 'AGFT_WORKER' not in os.environ:
+        os.environ['AGFT_WORKER'] = '1'
+        _end_with(parent)
+        keep_freed_memory()
     return number, f(*job)
 
 def parallel_map(
@@ -323,7 +430,36 @@ def parallel_map(
     with warnings.catch_warnings(), parallel_config('loky', inner_max_num_threads=1):
         warnings.filterwarnings('ignore', 'A worker stopped while')  # its memory has grown
         running = Parallel(workers, return_as='generator_unordered')(
-            delayed(_run_job)(f, number, job) for number, job in enumerate(jobs))
+            delayed(_run_job)(f, number, job, os.getpid()) for number, job in enumerate(jobs))
         for number, value in progress(running, desc, len(jobs)):
             found[number] = value
     return found
+
+# %% ../nbs/00_core.ipynb #1df02b33
+def processes()->PartialState: # process_index, num_processes, is_main_process, wait_for_everyone()
+    "The processes that torchrun or accelerate started together; one process where there is no launcher."
+    import torch
+    from accelerate import PartialState
+    return PartialState(cpu=not torch.cuda.is_available())
+
+@contextlib.contextmanager
+def signals_noted()->Iterator[list[int]]: # numbers of the signals that have come
+    "Within the block, the first SIGINT or SIGTERM is noted and does not interrupt."
+    came, before = [], {}
+    def note(number:int, frame:object):
+        came.append(number)
+        signal.signal(number, before[number])
+    if threading.current_thread() is threading.main_thread():  # signals reach no other thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+def ended_by(
+    number:int, # of a signal
+)->BaseException:
+    "What ends a process after a signal: exit code 130 for SIGINT, 143 for SIGTERM."
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

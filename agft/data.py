@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import operator
 import os
+import stat
+import unicodedata
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from .config import DataConfig
-from .core import AgftError, asset, check, check_known, read_json, seeded
+from .core import AgftError, asset, check, check_known, one_line, read_json, seeded
 from agft.registry import (
     DATA_SETS,
     DECODE_ERRORS,
@@ -34,6 +37,7 @@ from agft.registry import (
     decode,
     open_images,
     read_folder,
+    readable,
     subfolders,
     templates_of,
     undecodable,
@@ -42,16 +46,28 @@ from .world import SPLITS, WORLD_TASKS, world_task
 
 # %% auto #0
 __all__ = ['PHOTO_ARCHIVES', 'TASKS', 'check_prompts', 'Task', 'archives_dir', 'read_archive', 'held_out', 'load_task',
-           'load_tasks', 'task_of', 'batch_indices']
+           'load_tasks', 'tell_apart', 'check_distinct', 'tasks_of', 'task_of', 'batch_indices']
 
 # %% ../nbs/05_data.ipynb #86c71289
 def _texts(
     texts:Sequence[str],
     what:str, # what they are, for the message
 )->tuple[str, ...]:
-    "Raise `AgftError` for one text in place of a list."
-    check(not isinstance(texts, str), f'{what} are {texts!r}; allowed: a list of texts')
+    "Raise `AgftError` for one text in place of a list, and for what has no order."
+    ordered = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Set | Mapping)
+    hint = f', as in [{texts!r}]' if isinstance(texts, str) else ''
+    check(ordered, f'{what} are {texts!r}; allowed: a list of texts{hint}')
     return tuple(texts)
+
+def _spoken(name:str)->str:
+    "A name as it is compared: without HTML entities, letter case, invisible characters and extra spaces."
+    plain = unicodedata.normalize('NFC', html.unescape(html.unescape(name)))
+    visible = ''.join(c for c in plain if unicodedata.category(c) != 'Cf')
+    return ' '.join(visible.lower().split())
+
+def _is_text(text:object)->bool:
+    "Whether it is a text that can be written as UTF-8."
+    return isinstance(text, str) and not any('\ud800' <= c <= '\udfff' for c in text)
 
 def check_prompts(
     classes:Sequence[str],    # class names
@@ -62,21 +78,70 @@ def check_prompts(
     check(len(classes) >= 2, f'{len(classes)} class names; allowed: 2 or more')
     seen = {}
     for i, name in enumerate(classes):
-        valid = isinstance(name, str) and name.strip()
-        check(valid, f'class name {i} is {name!r}; allowed: a text that is not empty')
-        first = seen.setdefault(' '.join(name.lower().split()), i)
-        rule = 'every name once, whatever its case and spaces'
-        check(first == i, f'class name {name!r} stands twice, at {first} and {i}; allowed: {rule}')
+        valid = _is_text(name) and _spoken(name)
+        check(valid, f'class name {i} is {name!r}; allowed: a text that is not empty, in UTF-8')
+        first = seen.setdefault(_spoken(name), i)
+        same = f'{first} ({classes[first]!a}) and {i} ({name!a})'
+        rule = 'every name once, whatever its case, spaces, HTML entities and unicode form'
+        check(first == i, f'class name {name!r} stands twice, at {same}; allowed: {rule}')
     check(len(templates) > 0, 'no prompt template; allowed: 1 or more')
     for template in templates:
-        valid = isinstance(template, str) and '{}' in template
+        valid = _is_text(template) and '{}' in template
         check(valid, f"template {template!r} has no '{{}}'; allowed: a text with '{{}}' for the class name")
+
+# %% ../nbs/05_data.ipynb #7f0c5b21
+_LONGEST_NAME = 200  # bytes; a file name may have 255, with what is put before and after it
+_LARGEST_SIZE = 4096 # pixels
+
+def _as_images(
+    images:Any,   # tensor, array, list of either, or `Images`
+    what:str,     # which images, for the message
+)->Tensor|Images: # as they are, in a tensor
+    "Images as a tensor."
+    if isinstance(images, Tensor | Images):
+        return images
+    try:
+        if isinstance(images, list | tuple) and all(isinstance(image, Tensor) for image in images):
+            return torch.stack(list(images))
+        return torch.as_tensor(np.require(images, requirements=['C', 'W']))
+    except DECODE_ERRORS as e:
+        raise AgftError(f'{what} are no array ({one_line(e)}); allowed: numbers of shape (N,3,H,W)') from e
+
+def _as_numbers(
+    labels:Tensor|np.ndarray|Sequence[int],
+    name:str, # of the task, for the message
+)->Tensor:    # (N,) int64
+    "Labels as whole numbers."
+    try:
+        numbers = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+    except DECODE_ERRORS as e:
+        raise AgftError(f'{name}: labels are no numbers ({one_line(e)}); allowed: whole numbers (N,)') from e
+    whole = numbers.dtype != torch.bool and not numbers.is_floating_point() and not numbers.is_complex()
+    hint = '; of one-hot rows take argmax(1)' if numbers.ndim == 2 else ''
+    check(whole and numbers.ndim == 1, f'{name}: labels are {numbers.dtype} of shape {tuple(numbers.shape)}; '
+          f'allowed: whole numbers of shape (N,){hint}')
+    return numbers.long().cpu()
+
+def _check_name(name:object):
+    "Raise `AgftError` for a task name that no file can have."
+    text = name if isinstance(name, str) and _is_text(name) else ''
+    forbidden = [c for c in text if c in '/\\' or unicodedata.category(c) in ('Cc', 'Zl', 'Zp')]
+    valid = text.strip() and not forbidden and text not in ('.', '..')
+    check(valid, f'task name {name!r}; allowed: a text in UTF-8, without slashes and line breaks')
+    size = len(text.encode())
+    check(size <= _LONGEST_NAME, f'task name {name!r} has {size} bytes; allowed: at most {_LONGEST_NAME}')
+
+def _check_size(size:int|None, name:str):
+    known = size is None or isinstance(size, Integral) and 1 <= size <= _LARGEST_SIZE
+    check(known, f'{name}: size is {size!r}; allowed: 1 to {_LARGEST_SIZE} pixels')
+
+def _hash_tensor(x:Tensor)->str: return hashlib.sha256(x.contiguous().cpu().numpy().data).hexdigest()
 
 # %% ../nbs/05_data.ipynb #9e57c58d
 @dataclass(frozen=True, repr=False)
 class Task:
     "Images with the names and prompts of their classes; checked when it is made."
-    name:str                    # what the tables call it
+    name:str                    # what the tables and files call it
     images:Tensor|Images        # (N,3,H,W) uint8, at the task's own resolution
     labels:Tensor|None          # (N,) int64, indices into `classes`; None: no labels
     classes:tuple[str, ...]     # C names, none empty, no two alike
@@ -84,21 +149,33 @@ class Task:
     covered:tuple[int, ...]|None = None # classes whose name has a feature of OpenAI's CLIP; None: not known
 
     def __post_init__(self):
+        _check_name(self.name)
+        self._keep('classes', _texts(self.classes, 'class names'))
+        self._keep('templates', _texts(self.templates, 'templates'))
         check_prompts(self.classes, self.templates)
-        x, who = self.images, self.name
+        x, who = _as_images(self.images, f'{self.name}: images'), self.name
         shape = x.ndim == 4 and x.shape[1] == 3
-        check(shape, f'{who}: images have shape {tuple(x.shape)}; allowed: (N,3,H,W)')
+        last = '; the channels come second' if x.ndim == 4 and x.shape[3] in (1, 3) else ''
+        check(shape, f'{who}: images have shape {tuple(x.shape)}; allowed: (N,3,H,W){last}')
         check(x.dtype == torch.uint8, f'{who}: images have dtype {x.dtype}; allowed: uint8, 0 to 255')
         check(len(x) > 0, f'{who}: no images; allowed: 1 or more')
+        self._keep('images', x)
         if self.labels is not None:
+            self._keep('labels', _as_numbers(self.labels, who))
             self._check_labels(self.labels)
+
+    def _keep(self, field:str, value:object):
+        "Store a field as it is checked."
+        if value is not getattr(self, field):
+            object.__setattr__(self, field, value)
 
     def _check_labels(self, y:Tensor):
         who, n, last = self.name, len(self.images), len(self.classes) - 1
         check(n == len(y), f'{who}: {n} images and {len(y)} labels; allowed: as many of each')
-        check(y.dtype == torch.int64, f'{who}: labels have dtype {y.dtype}; allowed: int64')
         low, high = int(y.min()), int(y.max())
-        allowed = f'0 to {last}, one for each class name'
+        hint = '; subtract 1' if (low, high) == (1, last + 1) else ''
+        hint = hint or ('; leave out the images without a label' if low < 0 else '')
+        allowed = f'0 to {last}, one for each class name{hint}'
         check(low >= 0 and high <= last, f'{who}: labels range over [{low}, {high}]; allowed: {allowed}')
 
     def __len__(self)->int: return len(self.images)
@@ -113,6 +190,11 @@ class Task:
         "The width of the images in pixels."
         return self.images.shape[-1]
 
+    @property
+    def note(self)->str:
+        "What was left out when the images were read, in words; empty for nothing."
+        return self.images.note if isinstance(self.images, Images) else ''
+
     def prompts(self)->list[str]:
         "The first template with each class name."
         return [self.templates[0].replace('{}', name) for name in self.classes]
@@ -125,9 +207,11 @@ class Task:
         return self.labels
 
     def digest(self)->str: # hexadecimal
-        "A short hash of class names, prompts, resolution, and the labels in their order."
+        "A short hash of class names, prompts, resolution, and of the labels and images in their order."
         answers = len(self) if self.labels is None else self.labels.tolist()
-        question = json.dumps([self.classes, self.templates, self.resolution, answers])
+        x = self.images
+        images = x.digest() if isinstance(x, Images) else _hash_tensor(x)
+        question = json.dumps([self.classes, self.templates, self.resolution, answers, images])
         return hashlib.sha256(question.encode()).hexdigest()[:12]
 
     def subset(self,
@@ -137,28 +221,31 @@ class Task:
         "A random subset of the images, in random order; the classes stay."
         if n is None:
             return self
-        check(0 < n <= len(self), f'{self.name}: {n} images asked for; allowed: 1 to {len(self)}')
+        fits = isinstance(n, Integral) and 0 < n <= len(self)
+        check(fits, f'{self.name}: {n} images asked for; allowed: 1 to {len(self)}')
         return self.choose(torch.randperm(len(self), generator=seeded(seed, 'subset'))[:n])
 
     def choose(self,
-        keep:Tensor, # (n,) int64, numbers of the images
+        keep:Tensor|Sequence[int], # (n,) int64, numbers of the images
     )->Task:
         "The images of these numbers, in this order; the classes stay."
+        keep = torch.as_tensor(keep)
         labels = None if self.labels is None else self.labels[keep]
         return replace(self, images=self.images.index_select(0, keep), labels=labels)
 
     @staticmethod
     def from_tensors(
         name:str,                                    # what the tables call it
-        images:Tensor,                               # (N,3,H,W) or (N,1,H,W), uint8 or float in [0,1]
+        images:Tensor|np.ndarray|Sequence,           # (N,3,H,W) or (N,1,H,W), uint8 or float in [0,1]
         labels:Tensor|np.ndarray|Sequence[int]|None, # N class numbers; None: no labels
         classes:Sequence[str],                       # C class names
         templates:Sequence[str]=('a photo of a {}.',), # prompts with '{}'
     )->Task:
-        "A task from tensors; float images are multiplied by 255 and rounded to uint8."
-        images = _as_uint8(images, f'{name}: images').cpu()
+        "A task from tensors or arrays; float images are multiplied by 255 and rounded to uint8."
+        x = _as_images(images, f'{name}: images')
+        x = x if isinstance(x, Images) else _as_uint8(x, f'{name}: images').cpu()
         numbers = None if labels is None else _as_numbers(labels, name)
-        return Task(name, images, numbers, _texts(classes, 'class names'), _texts(templates, 'templates'))
+        return Task(name, x, numbers, _texts(classes, 'class names'), _texts(templates, 'templates'))
 
     @staticmethod
     def from_dataset(
@@ -169,6 +256,7 @@ class Task:
         size:int|None=None,              # pixels of the images; None: their own, or 224 if sizes differ
     )->Task:
         "A task from a data set; with `size`, or if sizes differ, images are read when they are needed."
+        _check_size(size, name)
         items = _open_dataset(dataset, name)
         classes = items.classes if classes is None else _texts(classes, 'class names')
         if classes is None:
@@ -186,23 +274,12 @@ def _as_uint8(
     check(valid, f'{what} have dtype {x.dtype}; allowed: uint8, or float in [0,1]')
     if x.is_floating_point() and x.numel():
         low, high = float(x.min()), float(x.max())
-        rule = '0 to 1; leave out the normalisation, which belongs to the model'
+        rule = '0 to 1; divide bytes by 255, and leave out the normalisation, which belongs to the model'
         check(low >= 0 and high <= 1, f'{what} have values in [{low:.3g}, {high:.3g}]; allowed: {rule}')
     if x.dtype != torch.uint8:
         x = (255*x.detach().float()).round().to(torch.uint8)
     grey = x.ndim >= 3 and x.shape[-3] == 1
     return x.expand(*x.shape[:-3], 3, *x.shape[-2:]).contiguous() if grey else x
-
-def _as_numbers(
-    labels:Tensor|np.ndarray|Sequence[int],
-    name:str, # of the task, for the message
-)->Tensor:    # (N,) int64
-    "Labels as whole numbers."
-    numbers = torch.as_tensor(labels)
-    whole = numbers.dtype != torch.bool and not numbers.is_floating_point()
-    check(whole and numbers.ndim == 1, f'{name}: labels are {numbers.dtype} of shape {tuple(numbers.shape)}; '
-          'allowed: whole numbers of shape (N,)')
-    return numbers.long().cpu()
 
 # %% ../nbs/05_data.ipynb #ff4f9372
 class _Items(NamedTuple):
@@ -348,8 +425,6 @@ def archives_dir()->Path|None:
     return next(filter(Path.is_dir, candidates), None)
 
 # %% ../nbs/05_data.ipynb #3df28f39
-_ARCHIVE_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
-
 class _Archive(NamedTuple):
     "The arrays of a photograph archive, and its class names."
     blob:np.ndarray         # (bytes,) uint8, the encoded images one after another
@@ -360,15 +435,19 @@ class _Archive(NamedTuple):
 def _load_archive(folder:Path, name:str)->_Archive:
     "Read the two files of an archive and check that they fit."
     try:
-        with np.load(folder/f'{name}.npz') as file:
+        with np.load(folder/f'{name}.npz', allow_pickle=False) as file:
             blob, offsets, labels = map(file.__getitem__, ('blob', 'offsets', 'labels'))
-        classes = json.loads((folder/f'{name}.json').read_text())['classes']
-    except _ARCHIVE_ERRORS as e:
-        raise AgftError(f'photograph archive {name!r} cannot be read (truncated?): {e}') from e
-    fits = len(offsets) == len(labels) + 1 and (np.diff(offsets) > 0).all() and offsets[-1] == len(blob)
+        classes = json.loads((folder/f'{name}.json').read_text(encoding='utf-8'))['classes']
+    except DECODE_ERRORS as e:
+        raise AgftError(f'photograph archive {name!r} cannot be read (truncated?): {one_line(e)}') from e
+    kinds = ''.join(array.dtype.kind for array in (offsets, labels))
+    flat = blob.ndim == offsets.ndim == labels.ndim == 1 and blob.dtype == np.uint8
+    check(flat and {*kinds} <= {*'iu'}, f'photograph archive {name!r} holds other arrays than agft writes')
+    fits = len(offsets) == len(labels) + 1 and (np.diff(offsets.astype(np.int64)) > 0).all()
+    fits = fits and offsets[0] == 0 and offsets[-1] == len(blob)
     sizes = f'{len(labels)} labels and {len(blob)} bytes'
     check(fits, f'photograph archive {name!r}: offsets do not fit its {sizes}')
-    return _Archive(blob, offsets, labels, tuple(classes))
+    return _Archive(blob, offsets, labels, _texts(classes, f'the classes of photograph archive {name!r}'))
 
 @lru_cache(maxsize=4)
 def _read_archive(
@@ -477,21 +556,53 @@ def _published(
         task = _choose_split(task, split)
     return task.subset(n, seed)
 
+_SPLIT_OF = dict(train='train', val='val', valid='val', validation='val', test='test') # folder -> split
+
+def _split_folders(
+    folder:Path,
+)->tuple[dict[str, str], list[str]]: # split -> its folder, none if there are class folders; other folders
+    "The folders of the splits: those with the name of a split, if one of them holds folders."
+    with readable(folder):
+        inside = {name: tuple(subfolders(folder/name)) for name in subfolders(folder)}
+    order = [*_SPLIT_OF]
+    named = [name for name in inside if name.lower() in order]
+    named.sort(key=lambda name: order.index(name.lower()))
+    if not any(inside[name] for name in named):
+        return {}, []
+    allowed = f'splits are called {", ".join(_SPLIT_OF)}'
+    for name in named:
+        check(name in _SPLIT_OF, f'{folder} has the folder {name!r}; allowed: {allowed}, in small letters')
+    for split, count in Counter(map(_SPLIT_OF.__getitem__, named)).items():
+        check(count == 1, f'{folder} has {count} folders for the split {split!r}; allowed: one; {allowed}')
+    different = len({inside[name] for name in named}) > 1
+    check(not different, f'{folder}: {", ".join(named)} have different class folders')
+    return {_SPLIT_OF[name]: name for name in named}, sorted({*inside} - {*named})
+
 def _own(
     folder:Path, n:int|None, seed:int, split:str, prompts:str|Sequence[str], size:int|None,
 )->Task:
-    there = [s for s in SPLITS if (folder/s).is_dir()]
-    names = ', '.join(there)
-    kinds = {tuple(subfolders(folder/s)) for s in there}
-    check(len(kinds) < 2, f'{folder}: {names} have different class folders')
+    there, others = _split_folders(folder)
     found = not there or split in there or split == 'val' and 'train' in there
-    check(found, f'{folder} has no split {split!r}; there: {names}')
-    whole = 'train' if there else '.'
-    x, y, classes = read_folder(folder/(split if split in there else whole), size or 224)
-    task = Task(folder.resolve().name, x, y, classes, templates_of(folder.name, prompts))
+    check(found, f'{folder} has no split {split!r}; there: {", ".join(there.values())}')
+    name, place = folder.resolve().name, there.get(split, 'train' if there else '.')
+    _check_name(name)
+    x, y, classes = read_folder(folder/place, size or 224)
+    if others:
+        beside = f'folders beside the splits are left out: {", ".join(others)}'
+        x.note = '; '.join(filter(None, [x.note, beside]))
+        warnings.warn(f'{folder}: {beside}', stacklevel=3)
+    task = Task(name, x, y, classes, templates_of(folder.name, prompts))
     if split != 'test' and 'val' not in there:
         task = _choose_split(task, split)
     return task.subset(n, seed)
+
+def _is_folder(name:str)->bool:
+    "Whether it is a folder; one behind a closed folder is an error."
+    with readable(name):
+        try:
+            return stat.S_ISDIR(os.stat(name).st_mode)
+        except (FileNotFoundError, NotADirectoryError, ValueError): # the last one for a null character
+            return False
 
 def load_task(
     name:str,                # key of `TASKS`; with `root`, of `DATA_SETS`; or a folder of class folders
@@ -503,13 +614,19 @@ def load_task(
     size:int|None=None,      # pixels that photographs are brought to; None is the data set's own rule
 )->Task:
     "Make the task `name`."
-    check(n is None or n > 0, f'{name}: {n} images asked for; allowed: 1 or more')
+    check(isinstance(name, str | Path), f'task is {name!r}; allowed: a name or the path of a folder')
+    positive = n is None or isinstance(n, Integral) and n > 0
+    check(positive, f'{name}: {n} images asked for; allowed: 1 or more')
     check_known('split', split, SPLITS)
+    _check_size(size, name)
     if root and name in DATA_SETS:
         return _published(name, n, seed, split, root, prompts, size)
     if name in TASKS:
+        if os.path.isdir(name):
+            folder = f'write ./{name} for the folder'
+            warnings.warn(f'{name!r} is taken for the task of agft; {folder}', stacklevel=2)
         return TASKS[name](n, seed, split)
-    if not Path(name).is_dir():
+    if not _is_folder(name):
         known = [*TASKS, *DATA_SETS]
         check_known('task', name, known, 'or a folder of your own')
         check(False, f'task {name!r} needs the data folder (option --data) that holds it')
@@ -524,14 +641,48 @@ def load_tasks(
     prompts:str|Sequence[str]='paper', # of published sets and folders: paper, openai, or sentences with '{}'
     size:int|None=None,      # pixels that photographs are brought to; None is the data set's own rule
 )->list[Task]:
-    "Make several tasks; two of the same name are an error, because results are told apart by the name."
-    tasks, seen = [], {}
-    for text in _texts(names, 'names'):
-        task = load_task(text, n, seed, split, root, prompts, size)
-        check(task.name not in seen, f'{seen.get(task.name)} and {text} are both called {task.name}')
-        seen[task.name] = text
-        tasks.append(task)
-    return tasks
+    "Make several tasks; folders with the same last part are told apart by more of their paths."
+    texts = _texts(names, 'names')
+    tasks = [load_task(text, n, seed, split, root, prompts, size) for text in texts]
+    return tell_apart(tasks, texts)
+
+def tell_apart(
+    tasks:Sequence[Task],
+    texts:Sequence[str], # what each was loaded from, as `load_task` takes it
+)->list[Task]:           # with different names
+    "Rename tasks from folders that share a name; one and the same task twice is an error."
+    named, result = Counter(task.name for task in tasks), []
+    for task, text in zip(tasks, texts, strict=True):
+        alike = [other for one, other in zip(tasks, texts, strict=True) if one.name == task.name]
+        if named[task.name] > 1 and _is_folder(text):
+            task = replace(task, name=_longer_name(text, alike))
+        result.append(task)
+    check_distinct(result)
+    return result
+
+def _longer_name(text:str, alike:Sequence[str])->str:
+    "The last parts of a folder's path, as many as it takes to differ from the other paths."
+    others = [Path(other).resolve().parts for other in alike if Path(other).resolve() != Path(text).resolve()]
+    parts, k = Path(text).resolve().parts, 1
+    while k < len(parts) and any(other[-k:] == parts[-k:] for other in others):
+        k += 1
+    return '-'.join(part.strip('/') for part in parts[-k:])
+
+def check_distinct(
+    tasks:Sequence[Task],
+):
+    "Raise `AgftError` for two tasks of the same name: results are told apart by the name."
+    twice = [name for name, count in Counter(task.name for task in tasks).items() if count > 1]
+    check(not twice, f'several tasks are called {", ".join(twice)}; allowed: every task once')
+
+def tasks_of(
+    data:DataConfig,     # where the images are, their prompts and size
+    names:Sequence[str], # each as `load_task` takes it
+    n:int|None=None,     # images of each task; None is all there are
+    split:str='test',    # train, val or test
+)->list[Task]:
+    "The tasks of a configuration, with different names."
+    return tell_apart([task_of(data, name, n, split) for name in names], names)
 
 def task_of(
     data:DataConfig,  # where the images are, their prompts and size

@@ -17,7 +17,7 @@ import torch
 from .attack import pgd
 from .calibration import Measures, fit_scale, margin_ratio, measures, reliability
 from .config import Recipe, override
-from .core import cached_json, parallel_map, pick_device, progress, seeded
+from .core import cached_json, file_digests, parallel_map, pick_device, progress, seeded
 from .data import Task, task_of
 from .methods import method_of
 from .model import ZeroShotCLIP
@@ -119,7 +119,10 @@ def _calibration_rows(
     return rows
 
 def _cached_calibration(path:Path, job:_Job)->dict[str, list[dict]]:
-    return cached_json(path, lambda: _calibration(job))
+    weights = [*file_digests([job.source]).values()]
+    about = dict(weights=weights, training_scale=job.training_scale, eps=job.eps,
+                 tasks=[t.task.digest() for t in (*job.tasks, job.val)])
+    return cached_json(path, lambda: _calibration(job), about)
 
 def _training_scale(recipe:Recipe, method:str, original:ZeroShotCLIP)->float:
     "The logit scale at which a method trains; the pre-trained model's own for a method without one."

@@ -5,10 +5,9 @@
 # %% ../nbs/13_evaluation.ipynb #6159d5da
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 import shutil
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,13 +17,13 @@ import torch
 from torch import Tensor
 
 from .attack import NORMS, input_gradient, misclassified, zero_grad
-from .core import AgftError, Progress, check, seeded
-from .data import Task
-from .model import ZeroShotCLIP
+from .core import AgftError, Progress, check, check_same, one_line, seeded, whole_file
+from .data import Task, check_distinct
+from .model import ZeroShotCLIP, fingerprint
 from .threats import Threat
 
 # %% auto #0
-__all__ = ['FLAGS', 'Flags', 'write_flags', 'read_flags', 'evaluate_task', 'evaluate_tasks', 'worst_case_flags',
+__all__ = ['FLAGS', 'PROTOCOL', 'Flags', 'write_flags', 'read_flags', 'evaluate_task', 'evaluate_tasks', 'worst_case_flags',
            'evaluate_threats']
 
 # %% ../nbs/13_evaluation.ipynb #36c8db1c
@@ -38,29 +37,53 @@ class Flags:
     label:np.ndarray      # (N,) int64: index of the class
     chance:np.ndarray     # () float: accuracy of guessing, 1 / number of classes
 
+_FIELDS = [field.name for field in fields(Flags)]
 FLAGS = ('clean', 'robust', 'zero_grad', 'distance')  # the fields that are measured, one value for each image
 
 # %% ../nbs/13_evaluation.ipynb #178a3842
 def write_flags(
     path:Path,    # .npz file
     flags:Flags,
+    about:dict,   # everything that the flags depend on
 ):
-    "Write flags to a file, completely or not at all."
-    temporary = path.with_name(f'.{path.name}')
-    np.savez(temporary, **vars(flags))
-    os.replace(temporary, path)
+    "Write flags to a file, as a whole or not at all."
+    with whole_file(path) as temporary, open(temporary, 'wb') as file:
+        np.savez(file, **vars(flags), about=np.array(json.dumps(about)))
 
 def read_flags(
-    path:str|Path, # a file of `write_flags`
+    path:str|Path,         # a file of `write_flags`
+    about:dict|None=None,  # what they must depend on; None: anything
 )->Flags:
-    "Read flags from a file; a file that is truncated or holds something else is an `AgftError`."
+    "Read flags; a file that was damaged, or that is of another evaluation, is an `AgftError`."
     try:
-        with np.load(path) as arrays:
-            return Flags(*[arrays[field.name] for field in fields(Flags)])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise AgftError(f'flags {str(path)!r} cannot be read; remove the file to evaluate again: {e}') from e
+        with np.load(path) as arrays:  # compares the checksums
+            flags, there = Flags(*[arrays[name] for name in _FIELDS]), json.loads(str(arrays['about']))
+    except Exception as e:  # a damaged archive raises whatever its bytes lead to
+        message = f'flags {str(path)!r} cannot be read; remove the file to evaluate again: {one_line(e)}'
+        raise AgftError(message) from e
+    if about is not None:
+        check_same(path, there, about)
+    return flags
 
 # %% ../nbs/13_evaluation.ipynb #97ca2a65
+PROTOCOL = 1  # the version of this chapter's numbers: it is raised when the same inputs give other flags
+
+def _about(
+    model:ZeroShotCLIP,
+    digest:str|None,          # fingerprint of the model; None: it is computed
+    task:Task,
+    threat:Threat,
+    seed:int,
+    batch_size:int,
+    among:np.ndarray|None,
+)->dict:
+    "Everything that the flags of a task depend on."
+    some = 'all' if among is None else hashlib.sha256(np.packbits(among).tobytes()).hexdigest()
+    inputs = dict(resize=model.resize, size=list(model.size), precision=model.precision,
+                  mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
+    return dict(protocol=PROTOCOL, model=digest or fingerprint(model), **inputs, task=task.digest(),
+                threat=threat.describe([task.resolution]), seed=seed, batch_size=batch_size, among=some)
+
 def _evaluate_batch(
     logits_fn:Callable,         # pixels (B,3,H,W) in [0,1] -> logits (B,C)
     x:Tensor,                   # clean pixels (B,3,H,W) in [0,1]
@@ -93,17 +116,18 @@ def evaluate_task(
     among:np.ndarray|None=None,   # (N,) bool: images that are still robust in a smaller ball; None: all
     parts:Path|None=None,         # folder for finished batches; None: they are not written
     on_batch:Callable|None=None,  # called after each batch with its number of images
+    digest:str|None=None,         # fingerprint of the model, which stands in these files; None: computed
 )->Flags:
     "Flags of a task under a threat; the attack is against the true label."
     labels, chance = task.require_labels(), np.array(1/len(task.classes))
     head = model.head(task.classes, task.templates)
     attackable = torch.ones(len(task), dtype=torch.bool) if among is None else torch.from_numpy(among)
     def logits_fn(x): return model.logits(x, head)
-    batches = []
+    batches, about = [], _about(model, digest, task, threat, seed, batch_size, among) if parts else {}
     for i, rows in enumerate(torch.arange(len(task)).split(batch_size)):
         part = parts/f'{i:05}.npz' if parts else None
         if part and part.exists():
-            batches.append(read_flags(part))
+            batches.append(read_flags(part, about))
         else:
             x, y = task.images[rows].to(head.device) / 255, labels[rows].to(head.device)
             generator = seeded(seed, task.name, threat.name, i)
@@ -114,7 +138,7 @@ def evaluate_task(
             clean, robust, no_gradient, distance = measured
             batches.append(Flags(clean, robust, no_gradient, distance, labels[rows].numpy(), chance))
             if part:
-                write_flags(part, batches[-1])
+                write_flags(part, batches[-1], about)
         if on_batch:
             on_batch(len(rows))
     def join(field:str)->np.ndarray: return np.concatenate([getattr(batch, field) for batch in batches])
@@ -131,21 +155,24 @@ def evaluate_tasks(
     desc:str='evaluate',     # label of the progress bar
     among:Mapping[str, Flags]|None=None, # task name -> flags in a smaller ball; None: all images are attacked
     batch_size:int=128,      # images attacked at a time
+    digest:str|None=None,    # fingerprint of the model; None: it is computed
 )->dict[str, Flags]:         # task name -> flags
     "Evaluate one task after another; tasks and batches that are finished are not evaluated again."
-    folder, flags = Path(folder), {}
+    folder, flags, digest = Path(folder), {}, digest or fingerprint(model)
+    check_distinct(tasks)
     with Progress(desc, sum(map(len, tasks)), unit='image') as progress:
         for task in tasks:
             path, parts = folder/f'{task.name}.npz', folder/f'.{task.name}'
+            robust = among[task.name].robust if among else None
+            about = _about(model, digest, task, threat, seed, batch_size, robust)
             if path.exists():
                 progress.update(len(task))
             else:
-                parts.mkdir(parents=True, exist_ok=True)
-                robust = among[task.name].robust if among else None
-                found = evaluate_task(model, task, threat, seed, batch_size, robust, parts, progress.update)
-                write_flags(path, found)
+                found = evaluate_task(model, task, threat, seed, batch_size, robust, parts, progress.update,
+                                      digest)
+                write_flags(path, found, about)
             shutil.rmtree(parts, ignore_errors=True)
-            flags[task.name] = read_flags(path)
+            flags[task.name] = read_flags(path, about)
     return flags
 
 def worst_case_flags(
@@ -187,11 +214,12 @@ def evaluate_threats(
     labels = [t.label for t in threats]
     once = len({*labels}) == len(labels)
     check(labels and once, f'threats are {", ".join(labels) or "none"}; allowed: one or more, each once')
-    found = {label: {} for label in labels}
+    found, digest = {label: {} for label in labels}, fingerprint(model)
     smaller = {}  # flags at the largest radius so far, for each attack and norm
     for t in sorted(threats, key=lambda t: t.eps):
         among = smaller.get((t.name, t.norm))
-        found[t.label] = evaluate_tasks(model, tasks, Path(folder)/t.key, t, seed, t.label, among, batch_size)
+        found[t.label] = evaluate_tasks(model, tasks, Path(folder)/t.key, t, seed, t.label, among, batch_size,
+                                        digest)
         smaller[t.name, t.norm] = found[t.label]
     _add_worst_cases(found, threats)
     return found

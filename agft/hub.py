@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 
-from .core import check, import_torchvision, write_text
+from .core import check, file_digests, import_torchvision, read_json, whole_file, write_json
 from .results import Results, by_task, markdown
 from .weights import SMALL, checkpoint_info, load_model
 
@@ -20,6 +21,7 @@ from .weights import SMALL, checkpoint_info, load_model
 __all__ = ['model_card', 'export_folder', 'push_to_hub', 'export']
 
 # %% ../nbs/23_hub.ipynb #f279d9e2
+_CARD_FILE = 'README.md'
 _CONFIG_FILE, _WEIGHTS_FILE = 'open_clip_config.json', 'open_clip_model.safetensors'  # open_clip's names
 
 def _snippet(
@@ -119,9 +121,38 @@ def model_card(
         f'## Limits\n\n{_LIMITS.format(resize=resize)}'])
 
 # %% ../nbs/23_hub.ipynb #25cc480d
+_WRITTEN = '.agft-export.json'  # the files of a folder that an export wrote: name -> SHA-256
+
+def _check_folder(
+    folder:Path,   # it need not exist
+    own:Path,      # the checkpoint; it may lie in the folder under its final name
+):
+    "Raise `AgftError` for a folder in which an export would replace a file that it did not write."
+    check(folder.is_dir() or not folder.exists(), f'{str(folder)!r} is a file; allowed: a folder')
+    written = read_json(folder/_WRITTEN) if (folder/_WRITTEN).exists() else {}
+    check(isinstance(written, dict), f'{folder/_WRITTEN} is not of agft export; allowed: another folder')
+    for name in (_CARD_FILE, _CONFIG_FILE, _WEIGHTS_FILE):
+        file = folder/name
+        if not file.exists() or (name == _WEIGHTS_FILE and file.samefile(own)):
+            continue
+        ours = file.is_file() and written.get(name) == file_digests([str(file)])[str(file)]
+        check(ours, f'{str(file)!r} is not as agft export wrote it and is not replaced; '
+              'allowed: another folder (--out), or remove that file')
+
+def _write_files(
+    folder:Path,
+    sources:dict[str, Path],  # name in the folder -> file that is copied there
+):
+    "Copy files to their place, and note what was written."
+    for name, source in sources.items():
+        with whole_file(folder/name) as temporary:
+            shutil.copyfile(source, temporary)
+    digests = file_digests([str(folder/name) for name in sources])
+    write_json(folder/_WRITTEN, {Path(path).name: digest for path, digest in digests.items()})
+
 def export_folder(
     checkpoint:str|Path,         # a file that `save_model` wrote
-    folder:str|Path,             # made if it does not exist
+    folder:str|Path,             # made if it does not exist; files of others in it are not replaced
     repo_id:str,                 # OWNER/NAME on the hub
     licence:str,                 # as the hub spells it, e.g. mit
     base_model:str|None=None,    # the hub's name of what was fine-tuned
@@ -136,13 +167,18 @@ def export_folder(
     check(not learned, f'{str(checkpoint)!r} has a learned input ({learned}), and open_clip has none; '
           'allowed: an encoder without')
     card = model_card(checkpoint, repo_id, licence, base_model, results)
+    _check_folder(folder, Path(checkpoint))
     visual:Any = model.visual
-    config_file:Any = folder/_CONFIG_FILE  # a Path; open_clip's annotation says str
     visual.preprocess_cfg = {**visual.preprocess_cfg, 'interpolation': model.resize}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config_for_hf(model.model, config_file, open_clip.get_model_config(model.name))
-    shutil.copyfile(checkpoint, folder/_WEIGHTS_FILE)
-    write_text(folder/'README.md', card)
+    with tempfile.TemporaryDirectory() as temporary:
+        config_file:Any = Path(temporary)/_CONFIG_FILE  # a Path; open_clip's annotation says str
+        card_file, weights = Path(temporary)/_CARD_FILE, folder/_WEIGHTS_FILE
+        save_config_for_hf(model.model, config_file, open_clip.get_model_config(model.name))
+        card_file.write_text(card, encoding='utf-8')
+        sources = {_CONFIG_FILE: config_file, _CARD_FILE: card_file}
+        if not (weights.exists() and weights.samefile(checkpoint)):
+            sources[_WEIGHTS_FILE] = Path(checkpoint)
+        _write_files(folder, sources)
     return folder
 
 def push_to_hub(
@@ -152,7 +188,7 @@ def push_to_hub(
     token:str|None=None,   # None: the one that huggingface_hub keeps
 )->str:                    # the name under which open_clip loads it
     "Upload a model: weights, configuration and card."
-    api, files = HfApi(token=token), ['README.md', _CONFIG_FILE, _WEIGHTS_FILE]
+    api, files = HfApi(token=token), [_CARD_FILE, _CONFIG_FILE, _WEIGHTS_FILE]
     api.create_repo(repo_id, private=private, exist_ok=True)
     api.upload_folder(repo_id=repo_id, folder_path=str(folder), commit_message='Upload with agft',
                       allow_patterns=files)

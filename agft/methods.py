@@ -51,6 +51,7 @@ class Batch(NamedTuple):
     x:Tensor               # clean pixels (B,3,H,W) in [0,1]
     y:Tensor|None          # labels (B,); None for unlabelled images
     teacher_features:Tensor|None=None # what `Method.teacher_features` returned for these images, (B,…)
+    of_batch:float=1.      # images of the whole batch for each image here
 
 # %% ../nbs/10_methods.ipynb #4f58fed8
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Method:
         x_adv:Tensor,      # adversarial pixels (B,3,H,W)
         target:Tensor,     # of `target`
     )->tuple[Tensor, dict[str, float]]: # scalar, nats; numbers for the log
-        "What the student minimises."
+        "What the student minimises, as a mean over the images; a sum is multiplied by `batch.of_batch`."
         logits = self.logits(models, x_adv)
         return soft_cross_entropy(logits, target), _robust(logits, batch)
 
@@ -271,8 +272,9 @@ class PMGAFT(TeCoA):
         with torch.no_grad():
             teacher = self.logit_scale * models.teacher.cosines(x_adv, models.head)
         ce = soft_cross_entropy(adv, target)
-        kl_teacher = _kl(adv, teacher, self.reduction)
-        kl_clean = _kl(adv, clean, self.reduction)
+        whole = batch.of_batch if self.reduction == 'sum' else 1.  # the loss of a part is weighted as a mean
+        kl_teacher = _kl(adv, teacher, self.reduction)*whole
+        kl_clean = _kl(adv, clean, self.reduction)*whole
         numbers = dict(ce=ce.item(), kl_teacher=kl_teacher.item(), kl_clean=kl_clean.item())
         return ce + self.alpha*kl_teacher + self.beta*kl_clean, _robust(adv, batch) | numbers
 
@@ -314,9 +316,13 @@ class TGAZSR(TeCoA):
     def fits(self, model:ZeroShotCLIP):
         "Only open_clip's vision transformers have the patches that the maps need."
         needed = 'transformer', 'forward_intermediates', 'grid_size', 'proj'
-        has_patches = all(hasattr(model.visual, name) for name in needed)
+        visual = model.visual
+        has_patches = all(hasattr(visual, name) for name in needed)
         check(has_patches, 'TGA-ZSR compares attention maps over patches and needs a vision transformer of '
-              f'open_clip; {model.name} is a {type(model.visual).__name__}')
+              f'open_clip; {model.name} is a {type(visual).__name__}')
+        pooled = getattr(visual, 'attn_pool', None) is not None or visual.proj is None
+        check(not pooled, f'TGA-ZSR compares each patch with the prompts, and {model.name} pools its patches '
+              'before it projects them, as CoCa does; allowed: a vision transformer of CLIP')
 
     def loss(self, models:Models, batch:Batch, x_adv:Tensor, target:Tensor)->tuple[Tensor, dict[str, float]]:
         "Cross-entropy, and the distances of two maps from the teacher's."

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter
@@ -52,6 +53,37 @@ def _check_embeddings(
     assert isinstance(rows, Tensor)
     return rows.float()
 
+def _check_pixels(
+    x:object,      # what an encoder is given
+):
+    "Raise `AgftError` unless `x` is a batch of RGB images with values in [0,1]."
+    kind = type(x).__name__
+    check(isinstance(x, Tensor), f'images are a {kind}; allowed: a tensor of pixels (B,3,H,W) in [0,1]')
+    assert isinstance(x, Tensor)
+    rgb = x.ndim == 4 and x.shape[1] == 3
+    check(rgb, f'images have shape {tuple(x.shape)}; allowed: (B,3,H,W), one image as image[None]')
+    allowed = 'floating point in [0,1] (divide bytes by 255)'
+    check(x.is_floating_point(), f'images have dtype {x.dtype}; allowed: {allowed}')
+    if torch.compiler.is_compiling() or not x.numel():
+        return
+    low, high = (bound.item() for bound in x.detach().aminmax())
+    outside = low < -.5 or high > 1.5  # some attacks look beyond the range; NaN is found in the logits
+    check(not outside, f'images range over [{low:.3g}, {high:.3g}]; allowed: {allowed}')
+
+def _equal_rows(
+    rows:Tensor,           # (N,n)
+)->tuple[int, int]|None:   # the first two that are equal
+    "Find two equal rows."
+    distinct, group = rows.unique(dim=0, return_inverse=True)
+    if len(distinct) == len(rows):
+        return None
+    first = {}
+    for i, number in enumerate(group.tolist()):
+        if number in first:
+            return first[number], i
+        first[number] = i
+    return None
+
 class ZeroShotCLIP(nn.Module):
     "An image and a text encoder: compares pixels in [0,1], at any resolution, with the prompts of a task."
     mean:Tensor
@@ -71,7 +103,7 @@ class ZeroShotCLIP(nn.Module):
         self.model:Any = model
         self.tokenizer, self.name, self.resize = tokenizer, name, resize
         self.size = (size, size) if isinstance(size, int) else tuple(size)
-        self.precision = 'fp32'            # of the encoder: fp32 or bf16
+        self.precision = 'fp32'            # of the encoder: fp32, tf32, bf16 or fp16
         self.prompts = nn.ParameterDict()  # the learned inputs, by their name in checkpoints and fingerprints
         self.register_buffer('mean', torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -101,6 +133,7 @@ class ZeroShotCLIP(nn.Module):
         x:Tensor,           # pixels (B,3,h,w) in [0,1], any size
     )->Tensor:              # (B,3,H,W) in the precision of the encoder
         "Resize to the encoder's resolution where needed, and normalise as it was trained."
+        _check_pixels(x)
         if x.shape[-2:] != self.size:
             x = F.interpolate(x, self.size, align_corners=False, **RESIZE[self.resize])
         x = (x - self.mean) / self.std
@@ -113,7 +146,8 @@ class ZeroShotCLIP(nn.Module):
         x:Tensor,           # pixels (B,3,h,w) in [0,1], any size
     )->Tensor:              # (B,D), float32
         "Encode images; the embeddings have the lengths that the encoder gives them."
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
+        half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.precision)
+        with torch.autocast(self.device.type, half, enabled=half is not None):
             return _check_embeddings(self.model.encode_image(self.normalise(x)), len(x))
 
     def encode_image(self,
@@ -126,11 +160,32 @@ class ZeroShotCLIP(nn.Module):
         texts:Sequence[str],  # N prompts
     )->Tensor:                # unit rows (N,D), float32
         "Encode prompts with the frozen text encoder."
+        whole = not isinstance(texts, str) and all(isinstance(text, str) for text in texts)
+        check(whole, f'prompts are {texts!r}; allowed: a list of texts')
         inputs:Any = list(texts)
+        return self._encode_inputs(inputs if self.tokenizer is None else self.tokenizer(inputs))
+
+    def _encode_inputs(self,
+        inputs:Any,           # what the text encoder takes: N strings, or the tokens of N prompts
+    )->Tensor:                # unit rows (N,D), float32
         if self.tokenizer is not None:
-            inputs = self.tokenizer(inputs).to(self.device)
-        rows = _check_embeddings(self.model.encode_text(inputs), len(texts))
+            inputs = inputs.to(self.device)
+        rows = _check_embeddings(self.model.encode_text(inputs), len(inputs))
         return F.normalize(rows.to(self.device), dim=-1)
+
+    def token_ids(self,
+        texts:Sequence[str],  # N prompts
+        contexts:int=1,       # how many times the encoder's context length a row may hold
+    )->Tensor|None:           # (N,n) int64, cut and padded; None for an encoder whose tokens are not known
+        "The tokens of prompts as the text encoder reads them."
+        tokenizer = self.tokenizer
+        own = getattr(getattr(self.model, 'text', None), 'token_ids', None)
+        if own is not None:  # an encoder that takes strings
+            return own(list(texts), contexts)
+        length = getattr(tokenizer, 'context_length', None)
+        if tokenizer is None or length is None:
+            return None
+        return tokenizer(list(texts), context_length=contexts*length)
 
     @torch.no_grad()
     def head(self,
@@ -140,8 +195,21 @@ class ZeroShotCLIP(nn.Module):
         "Encode each class under each template and average the unit vectors (Radford et al., 2021, 3.1.4)."
         check_prompts(classes, templates)
         prompts = [t.replace('{}', c) for c in classes for t in templates]
-        rows = torch.cat([self.encode_text(prompts[i:i + 1024]) for i in range(0, len(prompts), 1024)])
-        return F.normalize(rows.view(len(classes), len(templates), -1).mean(1), dim=-1)
+        ids = self.token_ids(prompts)
+        if ids is not None:
+            _check_distinct(classes, ids.view(len(classes), -1), prompts, 'the same tokens')
+            _warn_of_cuts(self, prompts, ids)
+        rows = []
+        for i in range(0, len(prompts), 1024):
+            if ids is None or self.tokenizer is None:
+                rows.append(self.encode_text(prompts[i:i + 1024]))
+            else:
+                rows.append(self._encode_inputs(ids[i:i + 1024]))  # the tokens are made once
+        rows = torch.cat(rows)
+        head = F.normalize(rows.view(len(classes), len(templates), -1).mean(1), dim=-1)
+        if ids is None:
+            _check_distinct(classes, head, prompts, 'the same embedding')
+        return head
 
     def cosines(self,
         x:Tensor,           # pixels (B,3,h,w) in [0,1]
@@ -158,6 +226,53 @@ class ZeroShotCLIP(nn.Module):
         "Scaled cosines, and the bias where the model has one: the zero-shot classifier."
         scale = self.logit_scale if logit_scale is None else logit_scale
         return scale * self.cosines(x, head) + self.logit_bias
+
+# %% ../nbs/06_model.ipynb #c24f3872
+def _check_distinct(
+    classes:Sequence[str],   # C names
+    rows:Tensor,             # (C,n), what the encoder makes of each class
+    prompts:Sequence[str],   # of all classes, in their order
+    what:str,                # what the rows are
+):
+    "Raise `AgftError` for two classes that are one for the encoder."
+    same = _equal_rows(rows)
+    if same is None:
+        return
+    i, j = same
+    each = len(prompts)//len(classes)
+    raise AgftError(f'classes {classes[i]!r} and {classes[j]!r} become {what} in every prompt '
+                    f'({prompts[i*each][:60]!r}); allowed: prompts that differ in the tokens that are read')
+
+def _is_cut(
+    model:ZeroShotCLIP,
+    text:str,
+)->bool:
+    "Whether a prompt has more tokens than the encoder reads."
+    ids, longer = model.token_ids([text]), model.token_ids([text], contexts=4)
+    assert ids is not None and longer is not None
+    n, whole = ids.shape[1], longer[0]
+    return not torch.equal(whole[:n], ids[0]) or bool((whole[n:] != whole[-1]).any())
+
+def _warn_of_cuts(
+    model:ZeroShotCLIP,
+    prompts:list[str],      # N
+    ids:Tensor,             # (N,n), their tokens
+):
+    "Warn of prompts that are longer than the encoder reads."
+    full = (ids[:, -1] != ids[:, -2]).nonzero()[:, 0].tolist()  # the others end with padding
+    cut = [prompts[i] for i in full if _is_cut(model, prompts[i])]
+    if not cut:
+        return
+    words, fits, too_long = cut[0].split(' '), 0, len(cut[0].split(' '))
+    while too_long - fits > 1:
+        middle = (fits + too_long)//2
+        if _is_cut(model, ' '.join(words[:middle])):
+            too_long = middle
+        else:
+            fits = middle
+    lost = ' '.join(words[fits:])[:1000]
+    warnings.warn(f'{len(cut)} of {len(prompts)} prompts have more tokens than {model.name} reads; '
+                  f'of the first one this is cut: {lost!r}', stacklevel=4)
 
 # %% ../nbs/06_model.ipynb #e5e6b8a7
 @register_model
@@ -303,13 +418,19 @@ class _TransformersImages(_TransformersEncoder):
     def forward(self, x:Tensor)->Tensor: return self.pooled(pixel_values=x)
 
 class _TransformersTexts(_TransformersEncoder):
-    def __init__(self, encoder:nn.Module, projection:nn.Module|None, tokenize:Callable):
+    def __init__(self, encoder:nn.Module, projection:nn.Module|None, tokenize:Callable, length:int):
         super().__init__(encoder, projection)
-        self.tokenize = tokenize
+        self.tokenize, self.length = tokenize, length
+
+    def token_ids(self,
+        texts:list[str],
+        contexts:int=1,  # how many times the context length a row may hold
+    )->Tensor:           # (N,n)
+        return self.tokenize(contexts*self.length, texts)['input_ids']
 
     def forward(self, texts:list[str])->Tensor:
         device = next(self.encoder.parameters()).device
-        inputs = {key: tokens.to(device) for key, tokens in self.tokenize(texts).items()}
+        inputs = {key: tokens.to(device) for key, tokens in self.tokenize(self.length, texts).items()}
         return self.pooled(**inputs)
 
 def _tokenize_clip(tokenizer:Any, length:int, texts:list[str])->dict[str, Tensor]:
@@ -322,8 +443,9 @@ def _tokenize_siglip(tokenizer:Any, length:int, texts:list[str])->dict[str, Tens
     return dict(input_ids=tokens.input_ids)
 
 def _token_ids(tokenizer:Callable, length:int, texts:list[str])->dict[str, Tensor]:
-    "The tokens of a plain function."
-    return dict(input_ids=tokenizer(texts))
+    "The tokens of a plain function, or of a tokenizer of open_clip."
+    settings = dict(context_length=length) if hasattr(tokenizer, 'context_length') else {}
+    return dict(input_ids=tokenizer(texts, **settings))
 
 def from_transformers(
     model:CLIPModel|SiglipModel,    # of transformers
@@ -342,9 +464,10 @@ def from_transformers(
     tokenize = _tokenize_siglip if siglip else _tokenize_clip
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenize = _token_ids
-    tokenize = partial(tokenize, tokenizer, config.text_config.max_position_embeddings)
+    length:int = config.text_config.max_position_embeddings
     images = _TransformersImages(model.vision_model, getattr(model, 'visual_projection', None))
-    texts = _TransformersTexts(model.text_model, getattr(model, 'text_projection', None), tokenize)
+    projection = getattr(model, 'text_projection', None)
+    texts = _TransformersTexts(model.text_model, projection, partial(tokenize, tokenizer), length)
     if mean is None:
         mean = (.5,)*3 if siglip else OPENAI_DATASET_MEAN
     if std is None:

@@ -25,7 +25,7 @@ from agft.core import (
     asset,
     check,
     import_torchvision,
-    init_run_dir,
+    open_run,
     pick_device,
     read_json,
     seeded,
@@ -523,7 +523,7 @@ def _train_stage(
     "One stage: switch on what learns, `fit`, switch it off."
     for parameter in learns:
         parameter.requires_grad_(True)
-    fit(model, loss_fn, out, stage, stage.lr, desc)
+    fit(model, loss_fn, out, stage, stage.lr, desc, as_dict(stage))
     model.requires_grad_(False).eval()
 
 def _text_parameters(
@@ -614,13 +614,14 @@ def pretrain(
     needed = ', '.join(config.packs)
     check(not missing, f'pack {missing} not found; set AGFT_DATA to the folder that holds {needed}')
     run = {'command': 'pretrain', 'config': as_dict(config), 'model': name, 'seed': seed}
-    out = init_run_dir(out, run)
-    torch.manual_seed(seed)      # initial weights
-    model = new_model(name).to(dev)
-    _MODELS[name](model, config, out, seed)
-    file = out/f'{name}.safetensors'
-    save_model(model, file, torch.float16, pretrain=as_dict(config), seed=seed)
-    about = {'command': 'agft pretrain', 'model': name, 'machine': machine(dev), 'seed': seed}
-    write_json(out/'pretrain.json', {**about, 'text': _cost(out/'text'), 'image': _cost(out/'image')})
+    with open_run(out, run) as folder:
+        torch.manual_seed(seed)      # initial weights
+        model = new_model(name).to(dev)
+        _MODELS[name](model, config, folder, seed)
+        file = folder/f'{name}.safetensors'
+        save_model(model, file, torch.float16, pretrain=as_dict(config), seed=seed)
+        about = {'command': 'agft pretrain', 'model': name, 'machine': machine(dev), 'seed': seed}
+        costs = {'text': _cost(folder/'text'), 'image': _cost(folder/'image')}
+        write_json(folder/'pretrain.json', {**about, **costs})
     print(file)
     return model

@@ -5,14 +5,19 @@
 # %% ../nbs/04_registry.ipynb #reg00004
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
 import shutil
+import stat
+import subprocess
+import sys
 import tarfile
-import zipfile
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,25 +38,49 @@ from agft.core import (
     check,
     check_known,
     import_torchvision,
+    one_line,
     progress,
     read_json,
     write_json,
 )
 
 # %% auto #0
-__all__ = ['DECODE_ERRORS', 'DATA_SETS', 'PAPER15', 'decode', 'undecodable', 'Listing', 'Images', 'classes_of', 'templates_of',
-           'Missing', 'subfolders', 'DataSet', 'data_set', 'digest', 'listing', 'pack', 'open_pack', 'open_images',
-           'read_folder', 'data_report', 'fetch']
+__all__ = ['DECODE_ERRORS', 'DATA_SETS', 'PAPER15', 'decode', 'undecodable', 'readable', 'Listing', 'Images', 'classes_of',
+           'templates_of', 'Missing', 'subfolders', 'DataSet', 'data_set', 'digest', 'listing', 'pack', 'open_pack',
+           'open_images', 'read_folder', 'data_report', 'fetch']
 
 # %% ../nbs/04_registry.ipynb #reg00007
-# what Pillow raises for a damaged or oversized image
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# what a damaged file raises: Pillow, NumPy, pickle, SciPy and HDF5 have no common class of errors
+DECODE_ERRORS = Exception
+
+_KNOWN_FORMATS = ('JPEG', 'PNG', 'BMP', 'DIB', 'WEBP', 'TIFF', 'PPM', 'GIF', 'AVIF', 'JPEG2000')
+Image.init()
+_FORMATS = tuple(form for form in _KNOWN_FORMATS if form in Image.OPEN) # some are missing in some builds
+_SUFFIXES = Image.registered_extensions()
+_IMAGE_SUFFIXES = ('.mpo', *(suffix for suffix, form in _SUFFIXES.items() if form in _FORMATS))
+
+def _check_range(fits:bool, low:float, high:float, allowed:str):
+    "Raise `ValueError` for values of an image whose white is not known."
+    if not fits:
+        raise ValueError(f'values in [{low:g}, {high:g}]; allowed: {allowed}')
+
+def _to_bytes(image:Image.Image)->Image.Image:
+    "A grey image of floats or of whole numbers of more than 8 bits, as 8 bits."
+    values, tags = np.asarray(image), getattr(image, 'tag_v2', {})
+    low, high = float(values.min()), float(values.max())
+    white = 1 if image.mode == 'F' else 4095 if tags.get(258) == (12,) else 65535 # tag 258: bits of a TIFF
+    _check_range(low >= 0 and high <= white, low, high, f'0 to {white}')
+    dark = white == 65535 and 0 < high < 4096 and image.format != 'PPM' # whose reader scales by its maximum
+    _check_range(not dark, low, high, '16 bits; convert an image of fewer bits to 8 bits')
+    values = values*255. if white == 1 else values/(white/255)
+    if tags.get(262) == 0: # white is zero
+        values = 255 - values
+    return Image.fromarray(values.round().astype(np.uint8))
 
 def _to_rgb(image:Image.Image)->Image.Image:
-    "Convert to three channels of 8 bits; 16-bit values are divided by 257."
-    if image.mode.startswith('I'):
-        values = (np.asarray(image) / 257).round().clip(0, 255)
-        image = Image.fromarray(values.astype(np.uint8))
+    "Convert to three channels of 8 bits."
+    if image.mode.startswith('I') or image.mode == 'F':
+        image = _to_bytes(image)
     return image.convert('RGB')
 
 def _resize_and_crop(image:Image.Image, size:int)->Image.Image:
@@ -76,7 +105,10 @@ def decode(
     elif isinstance(blob, np.ndarray):
         image = Image.fromarray(blob)
     else:
-        image = Image.open(io.BytesIO(blob))
+        image = Image.open(io.BytesIO(blob), formats=_FORMATS)
+    pixels, most = image.width*image.height, Image.MAX_IMAGE_PIXELS or np.inf
+    if pixels > most:
+        raise ValueError(f'{pixels} pixels, which may be a decompression bomb; allowed: at most {most}')
     image = _to_rgb(image)
     if size and image.size != (size, size):
         image = _resize_and_crop(image, size)
@@ -87,10 +119,36 @@ def undecodable(
     error:Exception, # one of `DECODE_ERRORS`
 )->AgftError:        # to be raised
     "The one-line error of an image that does not decode."
-    reason = str(error).partition(' <')[0] # Pillow adds the address of an object
-    return AgftError(f'{what} does not decode: {reason}')
+    reason = one_line(error).partition(' <')[0] # Pillow adds the address of an object
+    plain = isinstance(error, OSError | ValueError | SyntaxError) and reason
+    return AgftError(f'{what} does not decode: {reason if plain else f"{type(error).__name__} {reason}"}')
 
 # %% ../nbs/04_registry.ipynb #reg00011
+_WHOLE = 2**28     # bytes of images up to which a digest covers every byte
+_SAMPLED = 1000    # images of which it covers the first bytes otherwise
+_BEGINNING = 2**18 # how many bytes of each
+_LARGEST = 2**31   # bytes of an image file; a larger one is refused
+
+def _spaced(numbers:Sequence[int])->list[int]:
+    "At most `_SAMPLED` of the numbers, evenly spaced."
+    chosen = np.linspace(0, len(numbers) - 1, min(len(numbers), _SAMPLED)).round().astype(int)
+    return [numbers[i] for i in chosen]
+
+def _hash_pixels(read:Callable[[int], np.ndarray], numbers:Sequence[int], n_bytes:int)->str:
+    "A digest of decoded images, of all or of a sample."
+    found = hashlib.sha256(b'%d' % len(numbers))
+    for i in numbers if n_bytes <= _WHOLE else _spaced(numbers):
+        found.update(np.ascontiguousarray(read(i)).data)
+    return found.hexdigest()
+
+@contextlib.contextmanager
+def readable(what:object)->Iterator[None]:
+    "What the operating system refuses becomes one line."
+    try:
+        yield
+    except OSError as e:
+        raise AgftError(f'{e.filename or what} cannot be read: {e.strerror or e}') from e
+
 class Listing(NamedTuple):
     "Where the images of a split are, and their labels; nothing is read yet."
     items:Sequence[Any]|np.ndarray # N of: path, (path, offset, length) in an archive, or pixels (H,W,3) uint8
@@ -100,31 +158,69 @@ class Listing(NamedTuple):
         i:int, # number of the image
     )->str:
         "The image's path, or its number if it has none."
-        item = self.items[i]
-        if isinstance(item, np.ndarray):
+        if not isinstance(self.items, list):
             return f'image {i}'
-        if isinstance(item, tuple):
-            return f'{item[0]}, byte {item[1]}'
-        return str(item)
+        path, offset, length = self._place(i)
+        return str(path) if length is None else f'{path}, byte {offset}'
+
+    def _place(self, i:int)->tuple[str|Path, int, int|None]: # path, offset, length in bytes; None: all
+        item = self.items[i]
+        return item if isinstance(item, tuple) else (item, 0, None)
+
+    def _status(self, i:int)->tuple[int, int]: # bytes of the image, time at which its file was changed
+        path, _, length = self._place(i)
+        with readable(path):
+            status = os.stat(path)
+        check(stat.S_ISREG(status.st_mode), f'{path} is a device, a pipe or a folder; allowed: a file')
+        return status.st_size if length is None else length, status.st_mtime_ns
+
+    def _read(self, i:int, most:int|None=None)->bytes:
+        "The bytes of an image, the first ones of them with `most`."
+        path, offset, _ = self._place(i)
+        size, _ = self._status(i)
+        check(size <= _LARGEST, f'{path}: an image of {size} bytes; allowed: at most {_LARGEST}')
+        with readable(path), open(path, 'rb') as f:
+            f.seek(offset)
+            return f.read(size if most is None else min(size, most))
+
+    def digest(self,
+        numbers:Sequence[int], # of the images
+    )->str:                    # hexadecimal
+        "Identify images by their names and bytes, without the folder they lie in."
+        if not isinstance(self.items, list):
+            first = self.items[0]
+            return _hash_pixels(self.items.__getitem__, numbers, len(numbers)*first.size)
+        status = [self._status(i) for i in numbers]
+        whole = sum(size for size, _ in status) <= _WHOLE
+        most = None if whole else _BEGINNING
+        def content(i:int)->bytes: return hashlib.sha256(self._read(i, most)).digest()
+        found = hashlib.sha256()
+        for i, facts in zip(numbers, status, strict=True):
+            path, offset, _ = self._place(i)
+            name = '/'.join(Path(path).parts[-2:])
+            found.update(repr((name, offset, facts[0] if whole else facts)).encode())
+        for part in _readers().map(content, numbers if whole else _spaced(numbers)):
+            found.update(part)
+        return found.hexdigest()
 
     def decode(self,
         i:int,              # number of the image
         size:int|None=None, # pixels; None keeps the image's own size
     )->np.ndarray:          # (3,H,W) uint8
         "Read image `i`; a damaged one is an error that names it."
-        item = self.items[i]
+        if isinstance(self.items, list):
+            blob = self._read(i)
         try:
-            if isinstance(item, np.ndarray):
-                return decode(item, size)
-            path, offset, length = item if isinstance(item, tuple) else (item, 0, -1)
-            with open(path, 'rb') as f:
-                f.seek(offset)
-                return decode(f.read(length), size)
+            return decode(blob if isinstance(self.items, list) else self.items[i], size)
         except DECODE_ERRORS as e:
             raise undecodable(self.name(i), e) from e
 
 @cache
-def _readers()->ThreadPoolExecutor: return ThreadPoolExecutor(os.cpu_count())
+def _readers_of(process:int)->ThreadPoolExecutor: return ThreadPoolExecutor(os.cpu_count())
+
+def _readers()->ThreadPoolExecutor:
+    "Threads of this process: a fork copies a pool without its threads, and would wait for them for ever."
+    return _readers_of(os.getpid())
 
 class Images:
     "Behaves like the uint8 tensor (N,3,size,size) of all images, and reads those that are indexed."
@@ -135,18 +231,37 @@ class Images:
         size:int,                         # pixels
         index:Tensor,                     # (N,) int64, numbers of the images
         threads:bool=True,                # read several images at a time; False if `read` is not thread-safe
+        identify:Callable[[Sequence[int]], str]|None=None, # numbers -> digest; None: of the decoded images
+        note:str='',                      # what was left out, in words
     ):
         self.read, self.size, self.index, self.threads = read, size, index, threads
+        self.identify, self.note = identify, note
 
     def __len__(self)->int: return len(self.index)
+
+    def __iter__(self)->Iterator[Tensor]: return (self[i] for i in range(len(self)))
+
+    def __truediv__(self, other:float|Tensor)->Tensor: return self[:]/other
+
+    def __getattr__(self, name:str)->Any:
+        raise AttributeError(f'images on the disk have no {name!r}; images[:] reads them all into a tensor')
+
+    def digest(self)->str: # hexadecimal
+        "Identify the images by what is stored, in their order."
+        numbers = self.index.tolist()
+        if self.identify is not None:
+            return self.identify(numbers)
+        return _hash_pixels(self.read, numbers, 3*self.size**2*len(numbers))
 
     @property
     def shape(self)->tuple[int, ...]: return len(self), 3, self.size, self.size
 
     def __getitem__(self,
-        at:int|slice|Tensor, # an index of the tensor's first dimension
-    )->Tensor:               # (3,size,size) for one image, else (n,3,size,size), uint8
+        at:Any, # an index of a tensor: number, slice, mask, list or array of numbers; several in a tuple
+    )->Tensor:  # uint8; (3,size,size) for one image, (n,3,size,size) for several
         "Read the images at an index."
+        if isinstance(at, tuple):
+            return self._part(*at)
         chosen = self.index[at]
         numbers = chosen.reshape(-1).tolist()
         pixels = _readers().map(self.read, numbers) if self.threads else map(self.read, numbers)
@@ -154,13 +269,20 @@ class Images:
             return torch.empty(0, *self.shape[1:], dtype=torch.uint8)
         return torch.from_numpy(np.stack([*pixels])).reshape(*chosen.shape, *self.shape[1:])
 
+    def _part(self, images:Any, *rest:Any)->Tensor:
+        "Read images, and take a part of each of them."
+        known = images is not None and images is not ...
+        check(known, f'the first index is {images}; allowed: numbers of images')
+        found = self[images]
+        return found[rest] if found.ndim == 3 else found[(slice(None), *rest)]
+
     def index_select(self,
         dim:int,   # 0
         at:Tensor, # (n,) int64, indices of the images
     )->Images:
         "A part of the images; nothing is read yet."
         check(dim == 0, f'dim is {dim}; allowed: 0, the images')
-        return Images(self.read, self.size, self.index[at], self.threads)
+        return Images(self.read, self.size, self.index[at], self.threads, self.identify, self.note)
 
     def split(self,
         n:int, # images in a part
@@ -210,6 +332,7 @@ def templates_of(
 )->tuple[str, ...]:
     "The prompts of a data set."
     if not isinstance(prompts, str):
+        check(isinstance(prompts, Sequence), f'prompts are {prompts!r}; allowed: a list of sentences')
         return tuple(prompts)
     check_known('prompts', prompts, ('paper', 'openai'), 'or a list of sentences')
     if prompts == 'paper':
@@ -223,21 +346,32 @@ def templates_of(
     return tuple(template('{}') for template in OPENAI_IMAGENET_TEMPLATES)
 
 # %% ../nbs/04_registry.ipynb #reg00016
-_IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff', '.ppm')
+_NO_DATA = ('__MACOSX', '__pycache__', 'Thumbs.db', 'desktop.ini') # made by other programs
 
 class Missing(AgftError):
     "A data set is not in the data folder."
+
+def _entries(folder:str|Path)->list[os.DirEntry]:
+    "What is in a folder, without hidden files."
+    with os.scandir(folder) as found:
+        return [entry for entry in found if not entry.name.startswith('.') and entry.name not in _NO_DATA]
 
 def subfolders(
     folder:str|Path,
 )->list[str]: # names, sorted; without hidden folders and __MACOSX
     "The folders in a folder."
-    folders = filter(Path.is_dir, Path(folder).iterdir())
-    return sorted(f.name for f in folders if not f.name.startswith(('.', '__')))
+    return sorted(entry.name for entry in _entries(folder) if entry.is_dir())
 
-def _is_image(file:Path)->bool:
-    hidden = file.name.startswith('.')
-    return file.suffix.lower() in _IMAGE_SUFFIXES and not hidden
+def _is_image(name:str)->bool: return os.path.splitext(name)[1].lower() in _IMAGE_SUFFIXES
+
+def _image_files(folder:Path)->list[Path]:
+    "The images in a folder, sorted."
+    found = []
+    for entry in _entries(folder):
+        if _is_image(entry.name) and not entry.is_dir():
+            check(entry.is_file(), f'{entry.path!r} is a broken link, a device or a pipe; allowed: a file')
+            found.append(folder/entry.name)
+    return sorted(found)
 
 def _by_class(
     folder:Path,           # named in the message
@@ -247,9 +381,10 @@ def _by_class(
     "All images of each class; a class without images is an error."
     files, labels, empty = [], [], []
     for label, place in enumerate(places):
-        found = sorted(filter(_is_image, place.iterdir()))
+        found = _image_files(place)
         if not found:
-            empty.append(classes[label])
+            deeper = ' (but folders)' if subfolders(place) else ''
+            empty.append(classes[label] + deeper)
         files += found
         labels += [label]*len(found)
     check(not empty, f'{folder}: no images in {len(empty)} class folder(s): {", ".join(empty[:5])}')
@@ -276,9 +411,16 @@ def _shard_members(shard:Path)->tuple[dict[str, tuple], dict[str, int]]:
     with tarfile.open(shard, 'r:') as tar:
         for member in tar:
             key, suffix = os.path.splitext(member.name)
-            if suffix.lower() in _IMAGE_SUFFIXES:
+            kind = places if suffix.lower() in _IMAGE_SUFFIXES else labels if suffix == '.cls' else None
+            if kind is None or member.isdir():
+                continue
+            plain = member.isreg() and not member.issparse()
+            check(plain, f'{shard}: {member.name!r} is a link, a device or sparse; allowed: plain files')
+            check(key not in kind, f'{shard}: {key!r} stands twice; allowed: one image and one label a key')
+            if kind is places:
                 places[key] = (str(shard), member.offset_data, member.size)
-            elif suffix == '.cls':
+            else:
+                check(member.size < 100, f'{shard}: the label {member.name!r} has {member.size} bytes')
                 file = tar.extractfile(member)
                 labels[key] = int(file.read() if file else b'')
     return places, labels
@@ -300,8 +442,10 @@ def _from_tars(folder:Path)->Listing:
     for shard in shards:
         try:
             places, label = _shard_members(shard)
-        except (tarfile.TarError, EOFError, OSError, ValueError) as e:
-            raise AgftError(f'{shard} cannot be read (truncated?): {e}') from e
+        except AgftError:
+            raise
+        except DECODE_ERRORS as e:
+            raise AgftError(f'{shard} cannot be read (truncated?): {one_line(e)}') from e
         _check_end(shard)
         counts = f'{len(places)} images and {len(label)} labels'
         check(places.keys() == label.keys(), f'{shard} has {counts}; allowed: one label for each image')
@@ -346,7 +490,9 @@ def _pcam(root:Path, split:str, classes:Sequence[str])->Listing:
         return h5py.File(open(path, 'rb'))[key]
     return Listing(read('x'), read('y')[:].ravel().tolist()) # the images stay in the file
 
-def _lines(path:Path)->list[str]: return [line for line in path.read_text().splitlines() if line.strip()]
+def _lines(path:Path)->list[str]:
+    "The lines of a text that are not empty."
+    return [line for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
 
 def _listed(folder:Path, rows:Sequence[Sequence[str]], classes:Sequence[str])->Listing:
     "Images from rows of a file name and its class."
@@ -389,25 +535,40 @@ def _pets(root:Path, split:str, classes:Sequence[str])->Listing:
         labels.append(int(number) - 1)
     return Listing(files, labels)
 
-def _mat(path:Path, key:str)->np.ndarray:
-    "One array of a MATLAB file."
-    from scipy.io import loadmat
-    with open(path, 'rb') as f:
-        return loadmat(f, squeeze_me=True)[key]
+_READ_MAT = """
+import sys
+sys.path = [path for path in sys.path if path]  # without the working directory
+import json
+from scipy.io import loadmat
+array = loadmat(sys.argv[1], squeeze_me=True)[sys.argv[2]]
+names = array.dtype.names
+print(json.dumps({name: array[name].tolist() for name in names} if names else array.tolist(), default=int))
+"""
+
+def _mat(path:Path, key:str)->Any: # nested lists; of a struct array, field -> list
+    "One array of a MATLAB file, read by another process: SciPy's reader can crash on a damaged file."
+    if not path.is_file():
+        raise FileNotFoundError(2, 'No such file', str(path))
+    command = [sys.executable, '-c', _READ_MAT, str(path), key]
+    done = subprocess.run(command, capture_output=True, text=True, encoding='utf-8', errors='replace')
+    reason = (done.stderr.strip() or f'its reader ended with code {done.returncode}').splitlines()[-1]
+    check(done.returncode == 0, f'{path} cannot be read (damaged?): {reason}')
+    return json.loads(done.stdout)
 
 def _flowers(root:Path, split:str, classes:Sequence[str])->Listing:
     folder = root/'flowers-102'
-    numbers = _mat(folder/'setid.mat', dict(train='trnid', test='tstid')[split]).tolist()
-    labels = _mat(folder/'imagelabels.mat', 'labels')
+    numbers = np.atleast_1d(_mat(folder/'setid.mat', dict(train='trnid', test='tstid')[split]))
+    labels = np.array(_mat(folder/'imagelabels.mat', 'labels'))
+    check(numbers.min() > 0, f'{folder}: setid.mat holds image {numbers.min()}; allowed: 1 or more')
     files = [folder/f'jpg/image_{number:05}.jpg' for number in numbers]
-    return Listing(files, (labels[np.array(numbers) - 1].astype(int) - 1).tolist())
+    return Listing(files, (labels[numbers - 1].astype(int) - 1).tolist())
 
 def _cars(root:Path, split:str, classes:Sequence[str])->Listing:
     folder = root/'stanford_cars'
     file = 'cars_test_annos_withlabels.mat' if split == 'test' else 'devkit/cars_train_annos.mat'
     notes = _mat(folder/file, 'annotations')
     files = [folder/f'cars_{split}'/str(name) for name in notes['fname']]
-    return Listing(files, (notes['class'].astype(int) - 1).tolist())
+    return Listing(files, (np.array(notes['class']).astype(int) - 1).tolist())
 
 def _sun397(root:Path, split:str, classes:Sequence[str])->Listing:
     folder = root/'SUN397'
@@ -516,24 +677,31 @@ def digest(
 # %% ../nbs/04_registry.ipynb #reg00020
 def _read_listing(root:Path, name:str, split:str, classes:Sequence[str])->Listing:
     "The split from its archives or its published layout; what the readers raise becomes one line."
-    entry, tars = data_set(name), root/'wds'/name/split
+    entry, tars, names = data_set(name), root/'wds'/name/split, root/'wds'/name/'classnames.txt'
     try:
+        if names.is_file():
+            count = len(_lines(names))
+            check(count == len(classes), f'{names.parent} has {count} classes; {name} has {len(classes)}')
         return _from_tars(tars) if tars.is_dir() else entry.read(root, split, classes)
     except (FileNotFoundError, NotADirectoryError) as e:
         belongs = f'it belongs into {entry.where}; to get it: {entry.how}'
         raise Missing(f'{name} is not in {root}: {e.filename} is missing; {belongs}') from e
     except AgftError:
         raise
-    except (OSError, ValueError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as e:
-        raise AgftError(f'{name} in {root} cannot be read: {e}') from e
+    except DECODE_ERRORS as e:
+        reason = one_line(e) if isinstance(e, OSError | ValueError) else f'{type(e).__name__} {one_line(e)}'
+        raise AgftError(f'{name} in {root} cannot be read: {reason}') from e
 
-def _check_files(listing:Listing, what:str):
-    "Raise `AgftError` for image files that do not exist; each folder is read once."
+def _check_files(listing:Listing, root:Path, what:str):
+    "Raise `AgftError` for image files that do not exist or lie elsewhere; each folder is read once."
     if not isinstance(listing.items[0], Path):
         return
     names = {}
     for folder in {file.parent for file in listing.items}:
-        names[folder] = {*os.listdir(folder)} if folder.is_dir() else set()
+        inside = folder.is_relative_to(root) and '..' not in folder.relative_to(root).parts
+        check(inside, f'{what}: a list of files names {folder}; allowed: files in {root}')
+        with readable(folder):
+            names[folder] = {*os.listdir(folder)} if folder.is_dir() else set()
     missing = [file for file in listing.items if file.name not in names[file.parent]]
     counts = f'{len(missing)} of {len(listing.items)} images are missing'
     check(not missing, f'{what}: {counts}, {missing[0] if missing else ""} first')
@@ -546,30 +714,51 @@ def listing(
     "Find a split of a data set; check that no file is missing and that the labels are possible."
     root, entry, (classes, _) = Path(root), data_set(name), classes_of(name)
     check(split in entry.counts, f'{name} has no split {split!r}; allowed: {", ".join(entry.counts)}')
-    names = root/'wds'/name/'classnames.txt'
-    if names.is_file():
-        count = len(_lines(names))
-        check(count == len(classes), f'{names.parent} has {count} classes; {name} has {len(classes)}')
     found = _read_listing(root, name, split, classes)
     n, m = len(found.items), len(found.labels)
     check(n == m > 0, f'{name}, {split}, in {root}: {n} images and {m} labels; allowed: as many of each')
     low, high = min(found.labels), max(found.labels)
     possible = low >= 0 and high < len(classes)
     check(possible, f'{name}, {split}: labels range over [{low}, {high}]; allowed: 0 to {len(classes) - 1}')
-    _check_files(found, f'{name}, {split}')
+    _check_files(found, root, f'{name}, {split}')
     return found
 
 # %% ../nbs/04_registry.ipynb #reg00022
+def _sums(pixels:np.ndarray, labels:np.ndarray)->dict[str, str]:
+    "The digests of a pack's arrays."
+    of_labels = hashlib.sha256(np.ascontiguousarray(labels).data).hexdigest()
+    return dict(pixels=_hash_pixels(pixels.__getitem__, range(len(pixels)), pixels.size), labels=of_labels)
+
 def _write_pack(folder:Path, name:str, split:str, listing:Listing, size:int):
     "Write the files of a pack."
-    n = len(listing.labels)
+    n, labels = len(listing.labels), np.array(listing.labels, np.int64)
     images = Images(partial(listing.decode, size=size), size, torch.arange(n))
     pixels = np.lib.format.open_memmap(folder/'images.npy', 'w+', np.uint8, (n, 3, size, size))
+    with open(folder/'images.npy', 'r+b') as f: # a full disk is an error here, and ends the process later
+        if hasattr(os, 'posix_fallocate'):
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     for i in progress(range(0, n, 256), f'{name}-{split}'):
         pixels[i:i + 256] = images[i:i + 256].numpy()
     pixels.flush()
-    np.save(folder/'labels.npy', np.array(listing.labels, np.int64))
-    write_json(folder/'pack.json', dict(name=name, split=split, n=n, size=size, classes=digest(name)))
+    np.save(folder/'labels.npy', labels)
+    facts = dict(name=name, split=split, n=n, size=size, classes=digest(name))
+    write_json(folder/'pack.json', facts | _sums(pixels, labels))
+
+@contextlib.contextmanager
+def _locked(
+    root:Path,
+    path:Path, # of the lock; `.lock` is added
+)->Iterator[None]:
+    "One of several processes works, the others wait; a folder that cannot be written to is an error."
+    lock = Path(f'{path}.lock')
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        inside = lock.parent.resolve().is_relative_to(root.resolve()) and not lock.is_symlink()
+        check(inside, f'{lock} is a link that leads out of {root}; allowed: a file in the data folder')
+        with FileLock(lock):
+            yield
+    except OSError as e:
+        raise AgftError(f'{e.filename or root} cannot be written ({e.strerror or e})') from e
 
 def pack(
     root:str|Path,    # data folder
@@ -579,8 +768,10 @@ def pack(
     "Decode and resize a split once; the pack is written completely or not at all."
     out, size = Path(root)/'packs'/f'{name}-{split}', data_set(name).size
     part = out.with_name(f'.{out.name}')
-    out.parent.mkdir(exist_ok=True)
-    with FileLock(f'{part}.lock'): # one of several processes writes it, the others wait
+    check(os.path.isdir(root), f'{str(root)!r} is no folder; allowed: a data folder')
+    with _locked(Path(root), part):
+        for path in (out, part):
+            check(not path.is_symlink(), f'{path} is a link; allowed: a folder that agft writes')
         if out.is_dir():
             return out
         found = listing(root, name, split)
@@ -598,11 +789,23 @@ def pack(
     return out
 
 @lru_cache(maxsize=64)
-def _mapped(path:str, changed:int)->np.ndarray: return np.load(path, 'r')
+def _mapped(path:str, changed:int)->np.ndarray: return np.load(path, 'r', allow_pickle=False)
 
 def _row(path:str, changed:int, i:int)->np.ndarray:
     "One image of a pack; other processes receive the path, not the array."
     return _mapped(path, changed)[i]
+
+def _check_pack(folder:Path, info:dict, pixels:np.ndarray, labels:np.ndarray, size:int):
+    "Raise `AgftError` unless a pack's arrays are those that were written."
+    n, recorded = len(pixels), info.get('n')
+    counts = f'{n} images and {len(labels)} labels; pack.json says {recorded}'
+    check(n == len(labels) == recorded, f'pack {folder} holds {counts}')
+    right = pixels.shape[1:] == (3, size, size) and pixels.dtype == np.uint8 and labels.dtype == np.int64
+    found = f'{pixels.dtype} {pixels.shape}'
+    check(right, f'pack {folder} has pixels {found}; allowed: uint8 (N,3,{size},{size})')
+    for array, digest in _sums(pixels, labels).items():
+        fault = f'its {array} have another digest than pack.json records'
+        check(info.get(array) == digest, f'pack {folder} is damaged: {fault}; remove it and pack again')
 
 def open_pack(
     root:str|Path,    # data folder
@@ -611,26 +814,27 @@ def open_pack(
 )->tuple[Callable[[int], np.ndarray], np.ndarray]|None: # number -> image (3,H,W) uint8; labels (N,) int64
     "Open the pack of a split, if there is one; a pack with other class names or another size is an error."
     folder = Path(root)/'packs'/f'{name}-{split}'
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return None
     info, expected = read_json(folder/'pack.json'), dict(size=data_set(name).size, classes=digest(name))
-    check(info | expected == info, f'pack {folder} is of another version of {name}; remove it and pack again')
+    current = isinstance(info, dict) and info | expected == info
+    check(current, f'pack {folder} is of another version of {name}; remove it and pack again')
     path = folder/'images.npy'
-    read = partial(_row, str(path), path.stat().st_mtime_ns)
     try:
-        n, labels = len(_mapped(*read.args)), np.load(folder/'labels.npy')
-    except (OSError, ValueError, EOFError) as e:
-        raise AgftError(f'pack {folder} cannot be read (truncated?): {e}') from e
-    recorded = info.get('n')
-    counts = f'{n} images and {len(labels)} labels; pack.json says {recorded}'
-    check(n == len(labels) == recorded, f'pack {folder} holds {counts}')
+        read = partial(_row, str(path), path.stat().st_mtime_ns)
+        pixels, labels = _mapped(*read.args), np.load(folder/'labels.npy', allow_pickle=False)
+        _check_pack(folder, info, pixels, labels, data_set(name).size)
+    except AgftError:
+        raise
+    except DECODE_ERRORS as e:
+        raise AgftError(f'pack {folder} cannot be read (truncated?): {one_line(e)}') from e
     return read, labels
 
 # %% ../nbs/04_registry.ipynb #2babc2f4
 def _images(listing:Listing, size:int)->tuple[Images, Tensor]:
     "The images and labels of a listing."
-    n = len(listing.labels)
-    return Images(partial(listing.decode, size=size), size, torch.arange(n)), torch.as_tensor(listing.labels)
+    read, labels = partial(listing.decode, size=size), torch.as_tensor(listing.labels)
+    return Images(read, size, torch.arange(len(labels)), identify=listing.digest), labels
 
 def open_images(
     root:str|Path,        # data folder
@@ -647,15 +851,43 @@ def open_images(
     read, labels = packed
     return Images(read, size, torch.arange(len(labels))), torch.as_tensor(labels)
 
+def _left_out(
+    folder:Path,
+    places:Sequence[Path], # its class folders
+)->str:
+    "What is in a folder of class folders and is not read, in words."
+    kinds, first = Counter(), {}
+    def count(kind:str, path:str):
+        kinds[kind] += 1
+        first.setdefault(kind, os.path.relpath(path, folder))
+    for entry in _entries(folder):
+        if not entry.is_dir() and _is_image(entry.name):
+            count('beside the class folders', entry.path)
+    for entry in [entry for place in places for entry in _entries(place)]:
+        if entry.is_dir():
+            for parent, _, names in os.walk(entry.path):
+                for name in filter(_is_image, names):
+                    count('in deeper folders', os.path.join(parent, name))
+        elif not _is_image(entry.name):
+            count(f'of the kind {os.path.splitext(entry.name)[1].lower() or "without an ending"}', entry.path)
+    parts = [f'{n} {kind} ({first[kind]!r})' for kind, n in kinds.most_common()]
+    return f'{sum(kinds.values())} files are left out: {", ".join(parts)}' if parts else ''
+
 def read_folder(
     folder:str|Path, # one subfolder for each class
     size:int=224,    # pixels
 )->tuple[Images, Tensor, tuple[str, ...]]: # N images, labels (N,) int64, class names
-    "A folder of your own, labelled by its subfolders; underscores in class names become spaces."
-    classes = subfolders(folder)
-    check(len(classes) > 1, f'{folder} has {len(classes)} subfolders; allowed: one for each class, 2 or more')
-    names = tuple(c.replace('_', ' ') for c in classes)
-    return *_images(_from_folders(Path(folder), classes), size), names
+    "A folder of your own, labelled by its subfolders; what is left out is the images' `note`, and a warning."
+    folder = Path(folder)
+    with readable(folder):
+        classes = subfolders(folder)
+        few = f'{folder} has {len(classes)} subfolders; allowed: one for each class, 2 or more'
+        check(len(classes) > 1, few)
+        images, labels = _images(_from_folders(folder, classes), size)
+        images.note = _left_out(folder, [folder/name for name in classes])
+    if images.note:
+        warnings.warn(f'{folder}: {images.note}', stacklevel=2)
+    return images, labels, tuple(name.replace('_', ' ') for name in classes)
 
 # %% ../nbs/04_registry.ipynb #reg00024
 def _damaged(listing:Listing, desc:str)->str:
@@ -704,8 +936,16 @@ def data_report(
     return rows
 
 # %% ../nbs/04_registry.ipynb #4b20660c
-_DOWNLOAD_ERRORS = (OSError, RuntimeError, ImportError, ValueError, EOFError, tarfile.TarError,
-                    zipfile.BadZipFile)
+@contextlib.contextmanager
+def _safe_archives()->Iterator[None]:
+    "Let tarfile refuse members that leave their folder, links out of it, and devices."
+    check(hasattr(tarfile, 'data_filter'), 'this Python unpacks unsafely; allowed: 3.10.12, 3.11.4 or newer')
+    before = getattr(tarfile.TarFile, 'extraction_filter', None)
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before and staticmethod(before)
 
 def _split_options(name:str, split:str)->dict[str, Any]:
     "How torchvision's class of a data set is told the split."
@@ -725,13 +965,14 @@ def _download(root:Path, name:str, split:str):
     manual = f'{name} has no download; to get it: {entry.how}; it belongs into {entry.where}'
     check(not entry.manual or unpack, manual)
     try:
-        if unpack:
-            torchvision.datasets.ImageNet(str(root/'imagenet'), **options)
-        else:
-            getattr(torchvision.datasets, entry.title)(str(root), **options, download=True)
-    except _DOWNLOAD_ERRORS as e:
+        with _safe_archives():
+            if unpack:
+                torchvision.datasets.ImageNet(str(root/'imagenet'), **options)
+            else:
+                getattr(torchvision.datasets, entry.title)(str(root), **options, download=True)
+    except DECODE_ERRORS as e:
         advice = f'find it on a mirror and put it into {entry.where}'
-        raise AgftError(f'{name} does not download: {e}; {advice}') from e
+        raise AgftError(f'{name} does not download: {one_line(e)}; {advice}') from e
     n, published = len(listing(root, name, split).labels), entry.counts[split]
     counts = f'{n} images came, {published} were published'
     check(n == published, f'{name}, {split}: {counts}; remove what is in {entry.where} and try again')
@@ -743,8 +984,7 @@ def fetch(
 ):
     "Download a data set, or unpack ImageNet; one of several processes does it and the others wait."
     entry, root = data_set(name), Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root/f'.{name}.lock'):
+    with _locked(root, root/f'.{name}'):
         for split in splits:
             if split not in entry.counts:
                 continue

@@ -33,14 +33,18 @@ from agft.attack import (
     apgd_targeted,
     check_budget,
     check_images,
+    check_target,
     cross_entropy,
     cw,
     in_ball,
+    in_single,
     input_gradient,
     least_likely,
+    logits_of,
     misclassified,
     pgd,
     random_class,
+    round_inward,
     targeted_cross_entropy,
 )
 from .config import EvalConfig, format_radius
@@ -51,14 +55,40 @@ class _Classifier(nn.Module):
     "A logits function as a module, which other libraries expect."
     def __init__(self,
         logits_fn:Callable,  # pixels (B,3,H,W) in [0,1] -> logits (B,C)
-        device:torch.device,
+        y:Tensor,            # labels (B,)
     ):
         super().__init__()
-        self.logits_fn = logits_fn
-        self.anchor = nn.Parameter(torch.zeros((), device=device)) # libraries read its device
+        self.logits_fn, self.y = logits_fn, y
+        self.anchor = nn.Parameter(torch.zeros((), device=y.device)) # libraries read its device
 
     def forward(self, x:Tensor)->Tensor:
-        return self.logits_fn(x).to(torch.float32, copy=True)      # Square writes into the logits
+        logits = logits_of(self.logits_fn, x)
+        check_target(self.y, logits.shape[1])
+        needed = x.requires_grad and torch.is_grad_enabled()
+        check(logits.requires_grad or not needed, 'the logits have no gradient at the images; '
+              'allowed: a model that computes them from the images with autograd')
+        return logits.to(torch.float32, copy=True)                 # Square writes into the logits
+
+def _single(
+    logits_fn:Callable, # images in the precision of `x` -> logits (B,C)
+    x:Tensor,           # clean pixels (B,3,H,W)
+)->tuple[Callable, Tensor]: # the same for images in single precision; the clean ones
+    "What a library is given: a model of images in single precision."
+    if x.dtype == torch.float32:
+        return logits_fn, x
+    return lambda z: logits_fn(z.to(x.dtype)), x.float()
+
+def _as_given(
+    x_adv:Tensor,       # result of a library, float32
+    x:Tensor,           # clean pixels (B,3,H,W)
+    eps:float,          # radius, pixel units
+    norm:str,           # key of `NORMS`
+)->Tensor:              # in the precision of `x`, inside the ball
+    "The result in the precision of the images."
+    if x.dtype == torch.float32:
+        return x_adv
+    clean = in_single(x)
+    return round_inward(NORMS[norm].project(x_adv.to(clean), clean, eps), clean, x.dtype)
 
 @contextlib.contextmanager
 def _global_seed(
@@ -84,13 +114,14 @@ def _fgsm_attack(
     "One attack of the FGSM family."
     import torchattacks
     settings = {} if steps == 1 else dict(alpha=eps/4, steps=steps)
+    model, clean = _single(logits_fn, x)
     with _global_seed(generator):
-        attack = getattr(torchattacks, kind)(_Classifier(logits_fn, x.device), eps=eps, **settings)
+        attack = getattr(torchattacks, kind)(_Classifier(model, y), eps=eps, **settings)
         if mode:
             with torch.no_grad():
-                pair = mode(logits_fn(x), y, generator)
+                pair = mode(logits_of(logits_fn, x), y, generator)
             attack.set_mode_targeted_by_function(lambda images, labels: pair[:, 1])
-        return attack(x, y)
+        return _as_given(attack(clean, y), x, eps, norm)
 
 # %% ../nbs/09_threats.ipynb #d05fe922
 def autoattack(
@@ -103,10 +134,11 @@ def autoattack(
 )->Tensor:                 # adversarial pixels (B,3,H,W)
     "The standard AutoAttack (Croce and Hein, 2020), with as many targets as the classes allow."
     from pyautoattack import AutoAttack
+    model, clean = _single(logits_fn, x)
     with torch.no_grad():
-        classes = logits_fn(x[:1]).shape[1]
+        classes = logits_of(model, clean[:1]).shape[1]
     with _global_seed(generator) as seed:
-        module = _Classifier(logits_fn, x.device)
+        module = _Classifier(model, y)
         settings:dict[str, Any] = dict(norm=norm, eps=eps, seed=seed, device=x.device)
         official = AutoAttack(module, **settings)
         official.verbose = False
@@ -114,14 +146,13 @@ def autoattack(
         official.fab.n_target_classes = min(9, classes - 1)
         if classes < 4:
             official.attacks_to_run = ['apgd-ce', 'fab-t', 'square']
-        pixels = x.contiguous()    # it cannot view channels-last pixels
+        pixels = clean.contiguous()    # it cannot view channels-last pixels
         x_adv, _ = official.run_standard_evaluation(pixels, y, batch_size=len(x))
-    if classes >= 4:
-        return x_adv
-    left = ~misclassified(logits_fn, x_adv, y)
-    if left.any():
-        x_adv[left] = apgd_targeted(logits_fn, x[left], y[left], eps, start=generator, norm=norm)
-    return x_adv
+    if classes < 4:
+        left = ~misclassified(model, x_adv, y)
+        if left.any():
+            x_adv[left] = apgd_targeted(model, clean[left], y[left], eps, start=generator, norm=norm)
+    return _as_given(x_adv, x, eps, norm)
 
 def square(
     logits_fn:Callable,    # pixels (B,3,H,W) in [0,1] -> logits (B,C)
@@ -134,10 +165,11 @@ def square(
 )->Tensor:                 # adversarial pixels (B,3,H,W)
     "Square: random search that uses only the logits (Andriushchenko et al., 2020)."
     from pyautoattack.square import SquareAttack
+    model, clean = _single(logits_fn, x)
     with _global_seed(generator) as seed:
         settings:dict[str, Any] = dict(norm=norm, eps=eps, n_queries=queries, seed=seed, device=x.device)
-        official = SquareAttack(_Classifier(logits_fn, x.device), resc_schedule=False, **settings)
-        return official.perturb(x.contiguous(), y)
+        official = SquareAttack(_Classifier(model, y), resc_schedule=False, **settings)
+        return _as_given(official.perturb(clean.contiguous(), y), x, eps, norm)
 
 # %% ../nbs/09_threats.ipynb #eda69d35
 _NEIGHBOURS = torch.tensor([[1., 1., 1.], [1., 0., 1.], [1., 1., 1.]])/8
@@ -167,18 +199,20 @@ def _pi_fgsm(
     target, loss = y, cross_entropy
     if mode:
         with torch.no_grad():
-            target, loss = mode(logits_fn(x), y, generator), targeted_cross_entropy
-    alpha, x_adv, change = amplify*eps/steps, x, torch.zeros_like(x)
+            target, loss = mode(logits_of(logits_fn, x), y, generator), targeted_cross_entropy
+    clean = in_single(x)
+    alpha, x_adv, change = amplify*eps/steps, clean, torch.zeros_like(clean)
     for _ in range(steps):
-        _, grad, _ = input_gradient(logits_fn, x_adv, target, loss)
+        _, grad, _ = input_gradient(logits_fn, round_inward(x_adv, clean, x.dtype), target, loss)
+        grad = grad.to(clean)
         move = alpha*(_convolve(grad, _GAUSS) if plus else grad).sign()
         change = change + move
         excess = (change.abs() - eps).clamp_min(0)*change.sign()
         passed_on = (.8 if plus else 1.)*alpha*_convolve(excess, _NEIGHBOURS).sign()
         if not plus:
             change = change + passed_on
-        x_adv = NORMS[norm].project(x_adv + move + passed_on, x, eps)
-    return x_adv
+        x_adv = NORMS[norm].project(x_adv + move + passed_on, clean, eps)
+    return round_inward(x_adv, clean, x.dtype)
 
 # %% ../nbs/09_threats.ipynb #2488d1fe
 @dataclass(frozen=True)
@@ -318,6 +352,8 @@ class Threat:
         message = f'{self.name} returned {kind} {shape} for images {tuple(x.shape)}'
         check(fits, f'{message}; allowed: an image for each image')
         assert isinstance(x_adv, Tensor)
+        same = x_adv.dtype == x.dtype
+        check(same, f'{self.name} returned {x_adv.dtype} for images of {x.dtype}; they must be equal')
         size, low, high = NORMS[self.norm].size(x_adv - x).max(), x_adv.min(), x_adv.max()
         message = f'{self.name} moved an image by {size:.6g} to [{low:.4g}, {high:.4g}]'
         near = in_ball(x_adv, x, self.eps, self.norm).all()

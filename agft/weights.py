@@ -5,11 +5,17 @@
 # %% ../nbs/07_weights.ipynb #7ea2fcc3
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import logging
 import os
+import pickle
+import re
+import warnings
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,9 +25,19 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from .core import AgftError, asset, check, import_torchvision, one_line, package_file, read_json
+from agft.core import (
+    AgftError,
+    NotFinite,
+    asset,
+    check,
+    import_torchvision,
+    one_line,
+    package_file,
+    read_json,
+    whole_file,
+)
 from .model import ZeroShotCLIP, add_learned_input
 
 # %% auto #0
@@ -49,46 +65,189 @@ def _numpy_scalars()->list:
 
 @contextmanager
 def _loading(
-    what:str,  # begins the message: what does not load
+    path:str|Path|None, # what is read
+    what:str,           # stands behind it in the message: what does not happen
 )->Iterator[None]:
     "Turn every fault of a file into one line, and silence open_clip's warning of random weights."
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    what = f'weights {str(path)!r} {what}'
     try:
         yield
-    except AgftError:
-        raise
+    except AgftError as e:
+        if repr(str(path)) in str(e):
+            raise
+        raise type(e)(f'{what}: {e}') from e
+    except UnpicklingError as e:
+        raise AgftError(f'{what}: the file is damaged or holds Python objects, which are never run; '
+                        'allowed: tensors, numbers, text') from e
     except _FAULTS as e:
         raise AgftError(f'{what}: {one_line(e)[:300]}') from e
     finally:
         logging.disable(before)
 
+# %% ../nbs/07_weights.ipynb #4850f594
+_STORAGES = {
+    'FloatStorage': torch.float32, 'HalfStorage': torch.float16, 'BFloat16Storage': torch.bfloat16,
+    'DoubleStorage': torch.float64, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
+    'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8,
+    'BoolStorage': torch.bool}
+_MOST_TEXT = 2**26  # bytes of code or of the pickle in one archive member, uncompressed
+
 def _is_torchscript(path:str)->bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith('/constants.pkl') for name in archive.namelist())
+        return any(name.endswith('constants.pkl') for name in archive.namelist())
+
+class _ScriptedModule:
+    "The attributes of a scripted module."
+    where, kind = '', ''  # of its class: a name with dots, and the last part
+    attributes:dict[str, Any] = {}
+    def __setstate__(self, state:object):
+        check(isinstance(state, dict), f'a module has a state of type {type(state).__name__}; allowed: dict')
+        assert isinstance(state, dict)
+        self.attributes = state
+
+def _first(value:Any, *_:Any)->Any: return value  # a list with its type, a device
+
+def _tensor(storage:Tensor, offset:int, size:tuple, stride:tuple, *_:Any)->Tensor:
+    "A tensor of an archive."
+    numbers = int(np.prod(size, dtype=object))
+    check(numbers <= storage.numel(), f'a tensor of shape {size} has a storage of {storage.numel()} numbers')
+    return torch.as_strided(storage, size, stride, offset)
+
+class _ArchiveReader(pickle.Unpickler):
+    "Reads the attributes of scripted modules; no name leads to code outside of this chapter."
+    def __init__(self, archive:zipfile.ZipFile):
+        members = [name for name in archive.namelist() if name.count('/') == 1 and name.endswith('/data.pkl')]
+        check(len(members) == 1, f'the archive has {len(members)} files data.pkl; allowed: 1')
+        self.archive, self.root = archive, members[0].removesuffix('/data.pkl')
+        self.storages:dict[str, Tensor] = {}
+        super().__init__(io.BytesIO(self.text('data.pkl')))
+
+    def text(self, name:str)->bytes:
+        "A member that is not a tensor; small also when it is unpacked."
+        member = self.archive.getinfo(f'{self.root}/{name}')
+        check(member.file_size <= _MOST_TEXT, f'{member.filename} has {member.file_size} bytes; '
+              f'allowed: {_MOST_TEXT}')
+        return self.archive.read(member)
+
+    def find_class(self, module:str, name:str)->Any:
+        if module.split('.')[0] == '__torch__':
+            return type('scripted', (_ScriptedModule,), dict(where=module, kind=name))
+        known:dict[tuple[str, str], Any] = {('torch', key): dtype for key, dtype in _STORAGES.items()}
+        known['torch._utils', '_rebuild_tensor_v2'] = lambda *args: _tensor(*args)
+        known['collections', 'OrderedDict'] = lambda: {}
+        if (module, name) == ('torch', 'device') or module == 'torch.jit._pickle':
+            return lambda *args: _first(*args)
+        if (module, name) not in known:
+            raise UnpicklingError(f'{module}.{name} is not a tensor')
+        return known[module, name]
+
+    def persistent_load(self, pid:Any)->Tensor:
+        _, dtype, key, *_ = pid
+        if key not in self.storages:
+            member = self.archive.getinfo(f'{self.root}/data/{key}')
+            check(member.compress_type == zipfile.ZIP_STORED, f'{member.filename} is compressed')
+            self.storages[key] = torch.frombuffer(bytearray(self.archive.read(member)), dtype=dtype)
+        return self.storages[key]
+
+    def declared(self, module:_ScriptedModule)->set[str]:
+        "The names of its parameters and buffers."
+        code = self.text(f'code/{module.where.replace(".", "/")}.py').decode()
+        lists = rf'class {re.escape(module.kind)}\(Module\):\n  __parameters__ = (.*)\n  __buffers__ = (.*)\n'
+        found = re.search(lists, code)
+        return set(re.findall('"([^"]+)"', ''.join(found.groups()))) if found else set()
+
+    def tensors(self)->dict[str, Tensor]:
+        "Parameters and buffers by their names."
+        left, seen, found = [('', self.load())], set(), {}
+        while left:
+            prefix, module = left.pop()
+            check(isinstance(module, _ScriptedModule), f'the archive holds a {type(module).__name__}')
+            check(id(module) not in seen, f'module {prefix!r} of the archive has two names')
+            seen.add(id(module))
+            names = self.declared(module)
+            for name, value in module.attributes.items():
+                if isinstance(value, Tensor) and name in names:
+                    found[f'{prefix}{name}'] = value
+                elif isinstance(value, _ScriptedModule):
+                    left.append((f'{prefix}{name}.', value))
+        return found
+
+def _read_archive(
+    path:str,  # a TorchScript archive
+)->dict[str, Tensor]:
+    "The tensors of an archive; nothing in it is run."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _ArchiveReader(archive).tensors()
+    except AgftError as e:
+        raise AgftError(f'weights {path!r} are not an archive of tensors: {e}') from e
+    except Exception as e:  # whatever a damaged or malicious pickle leads to
+        raise AgftError(f'weights {path!r} are damaged, or hold more than tensors, which is never run: '
+                        f'{one_line(e)[:200]}') from e
+
+# %% ../nbs/07_weights.ipynb #b2f99bc6
+_DIGEST = '"agft-sha256:'  # how the note with the digest begins; JSON
+
+def _digest(
+    state:dict[str, Tensor],  # what a file holds
+    notes:dict[str, str],     # its notes, as text
+)->str:                       # JSON
+    "The digest of a checkpoint's content."
+    digest = hashlib.sha256(json.dumps(sorted(notes.items())).encode())
+    for key in sorted(state):
+        value = state[key]
+        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return f'{_DIGEST}{digest.hexdigest()}"'
+
+def _read_safetensors(path:str)->dict[str, Tensor]:
+    "The tensors of a file; a digest in its notes is verified."
+    state = load_file(path)
+    with safe_open(path, 'pt') as f:
+        notes = f.metadata() or {}
+    noted = any(text.startswith(_DIGEST) for text in notes.values())  # also where the name is damaged
+    if noted or 'digest' in notes:
+        found = notes.pop('digest', None)
+        check(found == _digest(state, notes), f'checkpoint {path!r} is damaged: its content is not what was '
+              'saved; allowed: a file that is unchanged since agft wrote it')
+    return state
 
 def read_weights(
     path:str|Path,  # .safetensors, a TorchScript archive, or a file of torch.save
 )->dict[str, Any]:  # tensors by name, or the dict that holds them
-    "Read a file of weights without running any Python code in it."
+    "Read a file of weights without running any code in it."
     path = str(path)
     check(os.path.isfile(path), f'weights {path!r} do not exist')
+    with _loading(path, 'cannot be read'):
+        check(os.path.getsize(path), f'weights {path!r} are an empty file')
+        try:
+            found = _content(path)
+        except (AgftError, UnpicklingError):
+            raise
+        except Exception as e:  # almost any, where a file is damaged
+            raise ValueError(f'the file is damaged or is not one of weights: {one_line(e)}') from e
+        kind = type(found).__name__
+        check(isinstance(found, dict), f'weights {path!r} hold a {kind}; allowed: a dictionary of tensors')
+        return found
+
+def _content(path:str)->Any:
+    "What a file of weights holds."
     if path.endswith('.safetensors'):
-        return load_file(path)
+        return _read_safetensors(path)
     if _is_torchscript(path):
-        return dict(torch.jit.load(path, 'cpu').state_dict())
-    try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
-            return torch.load(path, 'cpu', weights_only=True)
-    except UnpicklingError as e:
-        raise AgftError(f'weights {path!r} are damaged or hold Python objects, which are never run; '
-                        'allowed: tensors, numbers, text') from e
+        return _read_archive(path)
+    with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Detected pickle protocol')  # of files that are refused below
+        return torch.load(path, 'cpu', weights_only=True)
 
 # %% ../nbs/07_weights.ipynb #56d0e649
 _OPENAI = {'input_resolution', 'context_length', 'vocab_size'}  # in OpenAI's own files, beside the weights
 _IMAGE_ENCODER = {'vision_encoder_state_dict', 'modules', 'conv1.weight'}  # in files without a text encoder
+_IMAGE_ONLY = 'the file holds an image encoder alone; allowed: a whole model, then load_visual for this file'
 _RENAMED = {  # transformers -> open_clip, replaced in this order
     'text_model.': '', 'vision_model.': 'visual.', 'embeddings.': '',
     'encoder.layers.': 'transformer.resblocks.', 'self_attn.': 'attn.', 'final_layer_norm': 'ln_final',
@@ -111,28 +270,15 @@ def _from_transformers_state(
         named[query.replace('q_proj.', 'in_proj_')] = torch.cat(parts)
     return named
 
-def _without_extras(
-    state:dict[str, Any], # what `read_weights` read
-    known:dict,           # the state of the model
-)->dict[str, Any]:
-    "The tensors alone, without prefixes and without numbers that are not weights."
-    kept = {}
-    for key, value in state.get('state_dict', state).items():
-        key = key.removeprefix('module.')
-        extra = key in _OPENAI or (key.endswith('position_ids') and key not in known)
-        if not extra:
-            kept[key] = value
-    return kept
-
 def _fill(
-    model:Any,            # of open_clip
-    state:dict[str, Any], # what `read_weights` read
+    model:Any,                # of open_clip
+    state:dict[str, Tensor],  # the tensors of a file
 ):
     "Put weights into a model: all of its tensors must be there, and no others."
     known = model.state_dict()
-    check(not _IMAGE_ENCODER & state.keys(), 'the file holds an image encoder alone; '
-          'allowed: a whole model here, and then load_visual for this file')
-    state = _without_extras(state, known)
+    check(not _IMAGE_ENCODER & state.keys(), _IMAGE_ONLY)
+    extras = [key for key in state if key in _OPENAI or (key.endswith('position_ids') and key not in known)]
+    state = {key: value for key, value in state.items() if key not in extras}
     if 'visual_projection.weight' in state:
         state = _from_transformers_state(state)
     state = convert_state_dict(model, state)                     # MobileCLIP's own names
@@ -140,7 +286,84 @@ def _fill(
         state = convert_to_custom_text_state_dict(state)
     for key in {'logit_scale', 'logit_bias'} & state.keys() & known.keys():
         state[key] = state[key].reshape(known[key].shape)        # () or (1,)
-    model.load_state_dict(state)
+    _load_state(model, state)
+
+# %% ../nbs/07_weights.ipynb #5f5c7e41
+def _tensors(content:object)->dict[str, Tensor]:
+    "The tensors that stand directly in a dictionary."
+    items = content.items() if isinstance(content, dict) else ()
+    return {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
+
+def _most_likely(
+    held:dict[str, dict[str, Tensor]], # candidates by their name in the file
+    tensors:int,                       # that the model has
+)->dict[str, Tensor]:
+    "The one candidate that is large enough for a model; if there is none, the largest one."
+    large = [name for name, state in held.items() if len(state) >= tensors/2]
+    check(len(large) <= 1, f'the file holds several models, {", ".join(map(repr, large))}; '
+          'allowed: a file with one of them')
+    return held[large[0]] if large else max(held.values(), key=len)
+
+def _unwrapped(
+    content:dict[str, Any],   # what `read_weights` read
+    known:Collection[str],    # the names of the model's tensors
+)->dict[str, Tensor]:
+    "The tensors of a model in a file, without the dictionaries, prefixes and numbers around them."
+    held = {'the file itself': _tensors(content)} | {str(k): _tensors(v) for k, v in content.items()}
+    held = {name: state for name, state in held.items() if state}
+    check(held, 'the file holds no tensors; allowed: a dictionary of tensors, or a dictionary with one')
+    state = _most_likely(held, len(known))
+    plain = {key.replace('_orig_mod.', ''): value for key, value in state.items()}
+    check(len(plain) == len(state), "tensors have equal names without '_orig_mod.'; allowed: one model")
+    tops, prefixes = {key.split('.')[0] for key in known}, []
+    for key in plain:
+        parts = key.split('.')
+        first = next((i for i, part in enumerate(parts) if part in tops), None)
+        if first is not None:
+            prefixes.append(''.join(f'{part}.' for part in parts[:first]))
+    if not prefixes or '' in prefixes:
+        return plain
+    under = {prefix: {key[len(prefix):]: value for key, value in plain.items() if key.startswith(prefix)}
+             for prefix in dict.fromkeys(prefixes)}
+    return _most_likely(under, len(known))
+
+def _beginnings(names:Iterable[str])->str:
+    "The first parts of tensors' names, with numbers of tensors."
+    counts = Counter(name.split('.')[0] for name in names).most_common(4)
+    return ', '.join(f'{name}. ({n})' for name, n in counts)
+
+def _load_state(
+    module:nn.Module,         # changed in place
+    state:dict[str, Tensor],  # must have the names of its tensors
+):
+    "Put tensors into a module; the message of a name that differs shows what the names begin with."
+    actual = {plain: key for key, plain in _plain_names(module).items()}
+    missing = [key for key in actual if key not in state]
+    extra = [key for key in state if key not in actual]
+    parts = [f'Missing key "{missing[0]}" (and {len(missing) - 1} more)'] if missing else []
+    parts += [f'Unexpected key "{extra[0]}" (and {len(extra) - 1} more)'] if extra else []
+    check(not parts, f'{"; ".join(parts)}; names in the file begin with {_beginnings(state)}, names in the '
+          f'model with {_beginnings(actual)}')
+    module.load_state_dict({actual[key]: value for key, value in state.items()})
+
+def _plain_names(
+    module:nn.Module,
+)->dict[str, str]:    # name of a tensor in `state_dict` -> its name without wrappers
+    "The names that tensors have without torch.compile and data parallelism."
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
+    prefixes = []
+    for name, part in module.named_modules():
+        inner = 'module.' if isinstance(part, parallel) else '_orig_mod.'
+        if isinstance(part, parallel) or hasattr(part, '_orig_mod'):
+            prefixes.append((f'{name}.' if name else '', inner))
+    names = {}
+    for key in module.state_dict():
+        plain = key
+        for prefix, inner in reversed(prefixes):  # the innermost wrapper first
+            if plain.startswith(prefix + inner):
+                plain = prefix + plain[len(prefix + inner):]
+        names[key] = plain
+    return names
 
 # %% ../nbs/07_weights.ipynb #ca3b2e9f
 def _quick(
@@ -203,6 +426,7 @@ def read_notes(
     if 'model' not in notes:
         return {}
     model = notes.pop('model')
+    notes.pop('digest', None)
     try:
         return dict(model=model, **{key: json.loads(text) for key, text in notes.items()})
     except ValueError as e:
@@ -243,6 +467,12 @@ def _create(
     return open_clip.create_model(name, tag, load_weights=not state, require_pretrained=required,
                                   pretrained_text=False, force_preprocess_cfg=norm)
 
+def _verify_folder(name:str):
+    "Verify a checkpoint of agft in a folder that open_clip will read."
+    file = Path(name.removeprefix('local-dir:'))/'open_clip_model.safetensors'
+    if name.startswith('local-dir:') and file.is_file():
+        read_weights(file)
+
 def _tokenizer(name:str)->Any:
     "open_clip's tokenizer; for a small model, with the vocabulary of the package."
     if name not in SMALL:
@@ -269,16 +499,21 @@ def new_model(
           'or one of open_clip.list_models()')
     tags, weights = open_clip.list_pretrained_tags_by_model(name), str(weights) if weights else None
     state, notes = {}, {}
-    with _loading(f'weights {weights!r} do not load into {name!r}'):
+    with _loading(weights or name, f'do not load into {name!r}'):
         if weights and weights not in tags and os.path.isfile(weights):
             state, notes = read_weights(weights), read_notes(weights)
-        if weights:
-            _check_gelu(name, weights, state, notes)
-        check(not weights or weights in tags or state, f'unknown weights {weights!r} for {name!r}; '
-              f'allowed: an existing file or one of {tags}')
+            check(not _IMAGE_ENCODER & state.keys(), _IMAGE_ONLY)
+            check(state, f'weights {weights!r} hold no tensors; allowed: a dictionary of tensors')
+        elif weights:
+            _check_gelu(name, weights, {}, {})
+            check(weights in tags, f'unknown weights {weights!r} for {name!r}; '
+                  f'allowed: an existing file or one of {tags}')
+        _verify_folder(name)
         network = _create(name, weights, state, notes)
         learned = _take_learned_inputs(state)
         if state:
+            state = _unwrapped(state, network.state_dict().keys())
+            _check_gelu(name, str(weights), state, notes)
             _fill(network, state)
         tokenizer = _tokenizer(name)
     network.visual.to(memory_format=torch.channels_last)  # about 1.5 times faster on a CPU for convolutions
@@ -337,6 +572,23 @@ def _stored(tensor:Tensor, dtype:torch.dtype)->Tensor:
         tensor = tensor.to(dtype)
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
+def _state_of(
+    model:ZeroShotCLIP,
+    dtype:torch.dtype,     # of floating-point weights
+)->dict[str, Tensor]:
+    "The tensors of a model for a file; a number that is not finite is an error."
+    names, state = _plain_names(model.model), {}
+    for key, value in model.model.state_dict().items():
+        state[names[key]] = _stored(value, dtype)
+    for kind, value in model.learned_inputs.items():
+        state[f'prompts.{kind}'] = _stored(value, dtype)
+    for key, value in state.items():
+        bad = int((~value.isfinite()).sum())
+        if bad:
+            raise NotFinite(f'{bad} of {value.numel()} numbers of {key!r} are not finite, in '
+                            f'{str(dtype).removeprefix("torch.")}; the model is not saved')
+    return state
+
 def save_model(
     model:ZeroShotCLIP,
     path:str|Path,         # file to write, ending in .safetensors
@@ -347,27 +599,29 @@ def save_model(
     path = Path(path)
     check(path.suffix == '.safetensors', f'checkpoint is named {path.name!r}; '
           'allowed: a name that ends in .safetensors')
-    state = {key: _stored(value, dtype) for key, value in model.model.state_dict().items()}
-    for kind, value in model.learned_inputs.items():
-        state[f'prompts.{kind}'] = _stored(value, dtype)
+    state = _state_of(model, dtype)
     if model.learned_inputs:
         info['prompts'] = list(model.learned_inputs)
     info.update(resize=model.resize, mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
     notes = dict(model=model.name)
     for key, value in info.items():
         notes[key] = json.dumps(value)
-    save_file(state, f'{path}.part', metadata=notes)
-    os.replace(f'{path}.part', path)
+    notes['digest'] = _digest(state, notes)
+    with whole_file(path) as temporary:
+        try:
+            save_file(state, temporary, metadata=notes)
+        except SafetensorError as e:  # of a full disk
+            raise OSError(one_line(e)) from e
 
 def load_weights(
     model:ZeroShotCLIP,  # changed in place
     path:str|Path,       # checkpoint that `save_model` wrote from a model of the same architecture
 )->ZeroShotCLIP:         # the same model, in eval mode; no parameter requires a gradient
     "Fill a model with a checkpoint."
-    with _loading(f'weights {str(path)!r} do not load into {model.name!r}'):
+    with _loading(path, f'do not load into {model.name!r}'):
         state = read_weights(path)
         learned = _take_learned_inputs(state)
-        model.model.load_state_dict(state)
+        _load_state(model.model, _unwrapped(state, _plain_names(model.model).values()))
         for kind, value in learned.items():
             add_learned_input(model, kind, value)
     return model.requires_grad_(False).eval()
@@ -379,8 +633,9 @@ def load_visual(
 )->ZeroShotCLIP:         # the same model
     "Replace the image encoder by one that another project tuned, or add learned inputs."
     visual:Any = model.visual
-    with _loading(f'weights {str(path)!r} are no image encoder of {model.name!r}'):
+    with _loading(path, f'are no image encoder of {model.name!r}'):
         raw = read_weights(path)
+        check(raw, 'the file holds no tensors')
         learned = raw.get('params', {})
         state = raw.get('vision_encoder_state_dict', raw)
         if 'modules' in raw:
@@ -388,7 +643,7 @@ def load_visual(
         if state is not raw:
             _check_gelu(model.name, str(path), dict.fromkeys(_OPENAI), {})
         if state or not learned:
-            visual.load_state_dict({key.removeprefix('module.'): value for key, value in state.items()})
+            _load_state(visual, _unwrapped(state, _plain_names(visual).values()))
         pixels, tokens = learned.get('image_prompt'), learned.get('token_prompt')
         if pixels is not None:
             add_learned_input(model, 'pixels', pixels.float())

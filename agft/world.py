@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,13 @@ class Attributes:
         return Attributes(**{name: self.get(name)[rows] for name in FIELDS})
 
 # %% ../nbs/03_world.ipynb #38ed61b3
+_MOST = 1_000_000 # images drawn at a time; they are in memory, with about 100 KB each
+
+def _check_n(n:int):
+    "Raise `AgftError` for a number of images that cannot be drawn."
+    ok = isinstance(n, Integral) and 1 <= n <= _MOST
+    check(ok, f'{n} images asked for; allowed: 1 to {_MOST}')
+
 def _check_fixed(
     n:int,            # images
     name:str,         # of the attribute
@@ -123,12 +131,12 @@ def _sample_glyphs(
     return torch.where(kind < .50, shape, torch.where(kind < .62, thing, sign))
 
 def sample(
-    n:int,                # images
+    n:int,                # images, 1 to 1,000,000
     generator:Generator,  # source of all randomness
     **fixed:int|Tensor,   # attribute=value, or one value for each image (n,)
 )->Attributes:
     "Draw the attributes of `n` images."
-    check(n >= 1, f'{n} images asked for; allowed: 1 or more')
+    _check_n(n)
     for name, value in fixed.items():
         _check_fixed(n, name, value)
     def integers(k:int)->Tensor: return torch.randint(k, (n,), generator=generator)  # 0 to k-1
@@ -760,14 +768,14 @@ def _handwriting(
 
 def world_task(
     name:str,          # one of WORLD_TASKS
-    n:int,             # images; each class has the same number, as far as n allows
+    n:int,             # images, 1 to 1,000,000; each class has the same number, as far as n allows
     seed:int=0,        # another seed gives other images
     split:str='test',  # train, val or test: no two share an image
 )->tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...]]: # images uint8, labels, class names, templates
     "Draw the images of one task."
     check_known('world task', name, _QUESTIONS)
     check_known('split', split, SPLITS)
-    check(n >= 1, f'{n} images asked for; allowed: 1 or more')
+    _check_n(n)
     classes, templates = _QUESTIONS[name]
     generator = seeded('world', name, seed, split)
     rounds = -(-n//len(classes))

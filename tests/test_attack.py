@@ -1,13 +1,25 @@
 """Properties of the attacks on random networks, images and budgets."""
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agft.attack import NORMS, apgd, cross_entropy, cw, input_gradient, misclassified, pgd, worst_case
-from agft.core import seeded
+from agft.attack import (
+    NORMS,
+    apgd,
+    cross_entropy,
+    cw,
+    input_gradient,
+    misclassified,
+    pgd,
+    round_inward,
+    targeted_cross_entropy,
+    worst_case,
+)
+from agft.core import AgftError, seeded
 
 SEEDS = st.integers(0, 10**6)
 
@@ -30,7 +42,7 @@ def test_the_result_stays_in_the_ball_and_in_the_pixel_range(seed, eps, ratio, s
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=SEEDS, scale=st.floats(.01, 300), soft=st.booleans())
+@given(seed=SEEDS, scale=st.floats(.01, 100), soft=st.booleans())
 def test_the_gradient_has_the_direction_of_the_cross_entropy(seed, scale, soft):
     z = (scale*torch.randn(4, 6, generator=seeded(seed, 'z'), dtype=torch.float64)).requires_grad_()
     soft_targets = torch.randn(4, 6, generator=seeded(seed, 't'), dtype=torch.float64).softmax(1)
@@ -92,3 +104,109 @@ def test_restarts_only_add_and_images_misclassified_clean_are_not_attacked(name,
     few, many = worst(restarts), worst(restarts + 1)
     assert (misclassified(logits_fn, many, y) | ~misclassified(logits_fn, few, y)).all()
     assert torch.equal(few[-1], x[-1]) and torch.equal(many[-1], x[-1])
+
+
+PRECISIONS = st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+
+
+@settings(max_examples=80, deadline=None)
+@given(name=st.sampled_from(sorted(ATTACKS)), dtype=PRECISIONS, steps=st.integers(0, 5), start=st.booleans(),
+       **CASE)
+def test_in_every_precision_images_stay_in_the_ball(name, dtype, seed, norm, eps, steps, start):
+    w, x = weight_matrix(seed, 5).to(dtype), torch.rand(4, 3, 4, 4, generator=seeded(seed, 'x')).to(dtype)
+    seen = []
+    def logits_fn(x):
+        seen.append(x.detach().clone())
+        return x.flatten(1) @ w.T
+    y = logits_fn(x).argmax(1)
+    x_adv = run(name, logits_fn, x, y, norm, eps, steps, seeded(seed, 'start') if start else None)
+    assert x_adv.dtype == dtype and x_adv.min() >= 0 and x_adv.max() <= 1
+    change = x_adv.double() - x.double()
+    assert NORMS[norm].size(change).max() <= eps*(1 + 1e-6) + 1e-7
+    assert all(part.dtype == dtype and part.min() >= 0 and part.max() <= 1 for part in seen)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=SEEDS, dtype=st.sampled_from([torch.float16, torch.bfloat16]), eps=st.floats(0, 1))
+def test_rounding_inward_gives_the_nearest_value_that_is_not_further_away(seed, dtype, eps):
+    x = torch.rand(200, generator=seeded(seed, 'x')).to(dtype).float()
+    z = (x + eps*(2*torch.rand(200, generator=seeded(seed, 'z')) - 1)).clamp(0, 1)
+    rounded = round_inward(z, x, dtype).float()
+    every = torch.arange(0, 2**15, dtype=torch.int16).view(dtype).float()
+    every = every[every <= 1]
+    for point, clean, ours in zip(z.tolist(), x.tolist(), rounded.tolist(), strict=True):
+        between = every[(every >= min(point, clean)) & (every <= max(point, clean))]
+        best = between[(between - point).abs().argmin()].item()
+        assert ours == best, (point, clean)
+
+
+def test_small_steps_add_up_in_half_precision():
+    "A step of 1/2550 is lost when the point itself is in bfloat16; twenty of them are not lost here."
+    w = torch.ones(2, 48, dtype=torch.bfloat16)*torch.tensor([[-1.], [1.]], dtype=torch.bfloat16)
+    x = torch.full((1, 3, 4, 4), .75, dtype=torch.bfloat16)
+    x_adv = pgd(lambda x: x.flatten(1) @ w.T, x, torch.tensor([0]), 4/255, .1/255, 20)
+    assert (x_adv.float() - x.float()).min() >= 1/256
+
+
+ANSWERS = {
+    'tuple': (lambda x: (x.flatten(1)[:, :5], x), 'tuple.*model.x.*0'),
+    'list': (lambda x: [x.flatten(1)[:, :5]], 'list.*model.x.*0'),
+    'array': (lambda x: x.flatten(1)[:, :5].detach().numpy(), 'ndarray'),
+    'none': (lambda x: None, 'NoneType'),
+    'one number an image': (lambda x: x.sum((1, 2, 3)), r'shape .4,.'),
+    'one row too many': (lambda x: torch.cat([x, x]).flatten(1)[:, :5], r'shape .8, 5. for 4 images'),
+    'labels': (lambda x: x.flatten(1)[:, :5].round().long(), 'int64'),
+    'detached': (lambda x: x.flatten(1)[:, :5].detach(), 'no gradient'),
+    'constant': (lambda x: torch.zeros(len(x), 5, requires_grad=True)*1, 'no gradient'),
+    'wrong precision': (lambda x: x.flatten(1) @ torch.zeros(48, 5, dtype=torch.float64), 'does not take')}
+
+
+@pytest.mark.parametrize('attack', [pgd, apgd, cw])
+@pytest.mark.parametrize('name', ANSWERS)
+def test_an_answer_that_is_no_row_of_logits_is_one_line(attack, name):
+    model, words = ANSWERS[name]
+    with pytest.raises(AgftError, match=words) as e:
+        attack(model, torch.rand(4, 3, 4, 4), torch.arange(4))
+    assert '\n' not in str(e.value)
+
+
+def test_an_object_with_logits_says_how_to_get_them():
+    class Output(dict):
+        logits = None
+    with pytest.raises(AgftError, match=r'Output.*model\(x\)\.logits'):
+        pgd(lambda x: Output(), torch.rand(4, 3, 4, 4), torch.arange(4))
+
+
+LINEAR = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+TARGETS = {
+    'labels from 1': (torch.tensor([1, 2, 3, 5]), r'\[1, 5\] and the model has 5 classes; allowed: 0 to 4'),
+    'minus one': (torch.tensor([0, 1, 2, -1]), '-1'),
+    'pairs': (torch.tensor([[0, 1], [1, 5], [2, 0], [3, 0]]), r'\[0, 5\]'),
+    'three probabilities': (torch.full((4, 3), 1/3), 'probabilities of 3 classes and the model 5'),
+    'a list': ([0, 1, 2, 3], 'list'),
+    'an array': (torch.arange(4).numpy(), 'ndarray'),
+    'bytes': (torch.arange(4, dtype=torch.uint8), 'uint8')}
+
+
+@pytest.mark.parametrize('name', TARGETS)
+def test_targets_that_are_no_classes_of_the_model_are_one_line(name):
+    target, words = TARGETS[name]
+    loss = targeted_cross_entropy if name == 'pairs' else cross_entropy
+    for attack in (pgd, apgd):
+        with pytest.raises(AgftError, match=words):
+            attack(LINEAR, torch.rand(4, 3, 4, 4), target, loss=loss)
+
+
+def test_labels_are_compared_with_the_classes_where_images_are_classified():
+    with pytest.raises(AgftError, match='0 to 4'):
+        misclassified(LINEAR, torch.rand(4, 3, 4, 4), torch.tensor([1, 2, 3, 5]))
+
+
+@pytest.mark.parametrize('changed, words', [
+    (dict(eps='4/255'), "'4/255' of type str"), (dict(alpha='1/255'), "'1/255' of type str"),
+    (dict(eps=None), 'None'), (dict(eps=torch.tensor(.1)), 'Tensor'), (dict(steps=2.), 'steps is 2.0'),
+    (dict(steps='2'), "steps is '2'"), (dict(start=0), 'start is a int'), (dict(x=None), 'NoneType')])
+def test_budgets_of_another_type_are_one_line(changed, words):
+    settings = dict(logits_fn=LINEAR, x=torch.rand(4, 3, 4, 4), target=torch.arange(4)) | changed
+    with pytest.raises(AgftError, match=words):
+        pgd(**settings)

@@ -8,21 +8,31 @@ import open_clip
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torchvision.transforms import Compose
 
 from agft import hub
 from agft.cli import main
 from agft.config import AttackConfig
-from agft.core import AgftError, asset, read_json, seeded, write_json
+from agft.core import AgftError, NotFinite, asset, read_json, seeded, write_json
 from agft.data import Task, archives_dir
 from agft.evaluation import Flags
 from agft.methods import Models, method
-from agft.model import add_learned_input, copy_model, fingerprint
+from agft.model import add_learned_input, copy_model, fingerprint, from_modules
 from agft.registry import decode
 from agft.results import Results, summarise
 from agft.train import adversarial_loss
-from agft.weights import _check_gelu, load_model, load_visual, load_weights, new_model, save_model
+from agft.weights import (
+    _check_gelu,
+    checkpoint_info,
+    load_model,
+    load_visual,
+    load_weights,
+    new_model,
+    read_notes,
+    save_model,
+)
 
 TEXTS = ['a red circle', 'two hearts', 'a letter g']
 SMALL = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=8, width=64, layers=2),
@@ -349,7 +359,7 @@ def test_push_uploads_the_folder(tmp_path, monkeypatch):
         def __init__(self, token=None): seen.append(token)
         def create_repo(self, repo_id, **kw): seen.append((repo_id, kw))
         def upload_folder(self, repo_id, folder_path, **kw):
-            seen.append((repo_id, sorted(os.listdir(folder_path))))
+            seen.append((repo_id, sorted(kw['allow_patterns'])))
     monkeypatch.setattr(hub, 'HfApi', Api)
     save_model(make_model('agft-test'), tmp_path/'m.safetensors')
     folder = hub.export_folder(tmp_path/'m.safetensors', tmp_path/'out', repo_id='me/x', licence='mit')
@@ -444,3 +454,154 @@ def test_weights_of_a_named_file_are_evaluated(tmp_path, capsys):
     save_model(load_model('agft-tiny'), tmp_path/'m.safetensors')
     line = f'eval agft-tiny@{tmp_path}/m.safetensors --tasks size --n 2 --threats fgsm --out {tmp_path}/out'
     assert main(line.split()) == 0 and 'zero-shot mean' in capsys.readouterr().out
+
+
+def under(prefix, state): return {f'{prefix}{key}': value for key, value in state.items()}
+
+
+WRAPPED = {
+    '_orig_mod.': lambda s: under('_orig_mod.', s),
+    'module._orig_mod.': lambda s: under('module._orig_mod.', s),
+    'inner _orig_mod.': lambda s: {k.replace('visual.', 'visual._orig_mod.'): v for k, v in s.items()},
+    'Lightning': lambda s: dict(state_dict=under('model.', s), epoch=1, optimizer_states=[{}], callbacks={}),
+    'Lightning with a criterion': lambda s: dict(state_dict=under('net.clip.', s)
+                                                 | {'criterion.logit_scale': torch.ones(())}),
+    'model': lambda s: dict(model=s, epoch=3),
+    'model_state_dict': lambda s: dict(model_state_dict=s, optimizer_state_dict=dict(state={0: {'m': 1}})),
+    'average': lambda s: under('module.', s) | dict(n_averaged=torch.tensor(9)),
+    'EMA with a decay': lambda s: dict(ema=s, decay=torch.tensor(.999)),
+    'numbers beside': lambda s: s | dict(epoch=3, lr=.1)}
+
+
+@pytest.mark.parametrize('layout', WRAPPED)
+def test_wrapped_checkpoints_are_unwrapped(tmp_path, layout):
+    model, file = make_model('agft-test'), tmp_path/'m.pt'
+    torch.save(WRAPPED[layout](model.model.state_dict()), file)
+    assert fingerprint(load_model('agft-test', file)) == fingerprint(model)
+    assert fingerprint(load_weights(make_model('agft-test', 1), file)) == fingerprint(model)
+    torch.save(WRAPPED[layout](model.visual.state_dict()), file)
+    base = load_visual(make_model('agft-test', 1), file)
+    assert fingerprint(base.visual) == fingerprint(model.visual)
+
+
+@pytest.mark.parametrize('content, words', [
+    (lambda s: dict(model=s, model_ema=s), "several models, 'model', 'model_ema'"),
+    (lambda s: under('online_model.', s) | under('ema_model.', s), "'online_model.', 'ema_model.'"),
+    (lambda s: s | under('_orig_mod.', s), 'equal names'),
+    (lambda s: under('encoder.', {'a.weight': torch.ones(1)}), r'Missing key.*begin with encoder\. \(1\)'),
+    (lambda s: {}, 'no tensors'), (lambda s: dict(epoch=3), 'no tensors'), (lambda s: [s], 'list'),
+    (lambda s: torch.ones(3), 'Tensor')])
+def test_what_is_ambiguous_shows_what_the_file_holds(tmp_path, content, words):
+    model, file = make_model('agft-test'), tmp_path/'m.pt'
+    torch.save(content(model.model.state_dict()), file)
+    for load in (lambda: load_model('agft-test', file), lambda: load_weights(model, file)):
+        with pytest.raises(AgftError, match=words) as e:
+            load()
+        assert 'm.pt' in str(e.value) and '\n' not in str(e.value)
+
+
+def test_wrapped_openai_weights_still_need_quick_gelu(tmp_path):
+    openai_file(make_model('agft-test-quickgelu').model.state_dict(), tmp_path/'m.pt', script=False)
+    torch.save(dict(model=under('module.', torch.load(tmp_path/'m.pt'))), tmp_path/'w.pt')
+    load_model('agft-test-quickgelu', tmp_path/'w.pt')
+    with pytest.raises(AgftError, match='trained with quick-gelu'):
+        load_model('agft-test', tmp_path/'w.pt')
+
+
+def compiled_in_parallel(module):
+    compiled:Any = torch.compile(module)
+    return torch.nn.DataParallel(compiled)
+
+
+@pytest.mark.parametrize('wrap', [torch.compile, torch.nn.DataParallel, compiled_in_parallel])
+def test_a_wrapped_encoder_is_saved_under_plain_names(tmp_path, wrap):
+    plain, wrapped = make_model('agft-test'), make_model('agft-test')
+    wrapped.model.visual = wrap(wrapped.model.visual)
+    save_model(wrapped, tmp_path/'m.safetensors')
+    assert fingerprint(load_model(tmp_path/'m.safetensors')) == fingerprint(plain)
+    save_model(make_model('agft-test', 1), tmp_path/'other.safetensors')
+    load_weights(wrapped, tmp_path/'other.safetensors')
+    save_model(wrapped, tmp_path/'again.safetensors')
+    assert fingerprint(load_model(tmp_path/'again.safetensors')) == fingerprint(make_model('agft-test', 1))
+
+
+def test_a_transposed_weight_is_saved(tmp_path):
+    model = make_model('agft-test')
+    proj = model.model.visual.proj
+    proj.data = proj.data.T.contiguous().T
+    assert not proj.is_contiguous()
+    save_model(model, tmp_path/'m.safetensors')
+    assert torch.equal(load_model(tmp_path/'m.safetensors').model.visual.proj, proj)
+
+
+@pytest.mark.parametrize('value, dtype', [(float('nan'), torch.float32), (float('inf'), torch.float32),
+                                          (1e6, torch.float16)])
+def test_a_model_that_is_not_finite_is_not_saved(tmp_path, value, dtype):
+    model, file = make_model('agft-test'), tmp_path/'m.safetensors'
+    save_model(model, file)
+    before = file.read_bytes()
+    model.model.visual.proj[3, 4] = value
+    with pytest.raises(NotFinite, match="1 of 2048 numbers of 'visual.proj' are not finite"):
+        save_model(model, file, dtype)
+    assert file.read_bytes() == before and [f.name for f in tmp_path.glob('*m.safe*')] == ['m.safetensors']
+
+
+def tiny():
+    "A model of a few numbers, so that every byte of its checkpoint can be tried."
+    def texts(names): return torch.ones(len(names), 2)
+    torch.manual_seed(0)
+    images = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2))
+    return from_modules(images, texts, [.5]*3, [.25]*3, 8, logit_scale=20.)
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_refused(tmp_path):
+    model, file, bad = tiny(), tmp_path/'m.safetensors', tmp_path/'bad.safetensors'
+    save_model(model, file, method='AGFT', eps='4/255', inputs=dict(images='a'))
+    content, whole, notes = file.read_bytes(), fingerprint(model), read_notes(file)
+    assert len(content) < 3000
+    accepted = 0
+    for i in range(len(content)):
+        bits = (1, 0x20, 0xff)[i % 3]
+        bad.write_bytes(content[:i] + bytes([content[i] ^ bits]) + content[i + 1:])
+        try:
+            same = fingerprint(load_weights(tiny(), bad)) == whole and read_notes(bad) == notes
+        except AgftError as e:
+            assert 'bad.safetensors' in str(e) and '\n' not in str(e)
+        else:
+            accepted += 1
+            assert same, (i, bits)
+    assert accepted < 10  # white space between the header and the numbers
+
+
+@pytest.mark.parametrize('cut', [0, 1, 7, 100, -1])
+def test_a_truncated_checkpoint_is_refused(tmp_path, cut):
+    file = tmp_path/'m.safetensors'
+    save_model(make_model('agft-test'), file)
+    file.write_bytes(file.read_bytes()[:cut])
+    for load in (lambda: load_model(file), lambda: load_model('agft-test', file),
+                 lambda: load_weights(make_model('agft-test'), file)):
+        with pytest.raises(AgftError, match='m.safetensors') as e:
+            load()
+        assert '\n' not in str(e.value)
+
+
+def test_files_without_a_digest_are_read(tmp_path):
+    model, file = make_model('agft-test'), tmp_path/'m.safetensors'
+    save_model(model, file, method='AGFT')
+    with safe_open(file, 'pt') as f:
+        notes = f.metadata()
+    notes.pop('digest')
+    save_file(load_file(file), file, metadata=notes)
+    assert fingerprint(load_model(file)) == fingerprint(model)
+    assert checkpoint_info(file)['method'] == 'AGFT' and 'digest' not in checkpoint_info(file)
+
+
+def test_a_folder_for_the_hub_is_verified_too(tmp_path):
+    save_model(make_model('agft-test'), tmp_path/'m.safetensors')
+    folder = hub.export_folder(tmp_path/'m.safetensors', tmp_path/'out', 'me/x', 'mit')
+    weights = folder/'open_clip_model.safetensors'
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(AgftError, match='open_clip_model.safetensors.*damaged'):
+        load_model(f'local-dir:{folder}')

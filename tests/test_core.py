@@ -1,9 +1,16 @@
-"Progress where it can be drawn and where it cannot; jobs in parallel."
+"Progress where it can be drawn and where it cannot; jobs in parallel; files and locks."
+import errno
 import io
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
-from agft.core import Progress, parallel_map
+import agft.core as core
+from agft.core import AgftError, Progress, cached_json, locked, open_run, parallel_map, read_json, whole_file
 
 class File(list):
     "An error stream that is a file."
@@ -66,3 +73,120 @@ def test_jobs_in_parallel_keep_their_order(monkeypatch):
     for threads in (1, 2):
         monkeypatch.setattr('torch.get_num_threads', lambda threads=threads: threads)
         assert parallel_map(pow, jobs, 'cpu') == [1, 2, 4, 8, 16, 32]
+
+
+# -- files
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_disk_that_cannot_be_written_is_one_line_and_changes_nothing(tmp_path, monkeypatch, number):
+    file = tmp_path/'a.json'
+    file.write_text('old')
+    def fails(*args): raise OSError(number, os.strerror(number))
+    with monkeypatch.context() as patch, pytest.raises(AgftError, match=os.strerror(number)) as e:
+        patch.setattr(os, 'fsync', fails)
+        with whole_file(file) as temporary:
+            temporary.write_text('new')
+    assert str(file) in str(e.value) and '\n' not in str(e.value)
+    assert [f.name for f in tmp_path.iterdir()] == ['a.json'] and file.read_text() == 'old'
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary(tmp_path):
+    with whole_file(tmp_path/'a') as one, whole_file(tmp_path/'a') as two:
+        one.write_text('1')
+        two.write_text('2')
+        assert one != two
+    assert (tmp_path/'a').read_text() == '1'  # the outer block ends last
+
+
+@pytest.mark.parametrize('text', ['[]', '3', 'null', '{}', '"a"'])
+def test_a_run_json_of_another_kind_is_one_line(tmp_path, text):
+    (tmp_path/'run.json').write_text(text)
+    with pytest.raises(AgftError, match='is of another run'), open_run(tmp_path, dict(seed=0)):
+        pass
+
+
+def test_a_deep_json_is_one_line(tmp_path):
+    (tmp_path/'a.json').write_text('['*100_000)
+    with pytest.raises(AgftError, match='not readable as JSON'):
+        read_json(tmp_path/'a.json')
+
+
+@pytest.mark.parametrize('text', ['[]', '{}', '{"value": 1}', '{"value": 1, "sha256": "0", "about": {}}'])
+def test_a_cached_value_without_its_checksum_is_refused(tmp_path, text):
+    (tmp_path/'a.json').write_text(text)
+    with pytest.raises(AgftError, match='changed or damaged'):
+        cached_json(tmp_path/'a.json', lambda: 1, {})
+
+
+# -- locks and processes
+
+def start(code, *words):
+    "A Python process; returns it when it has printed a line."
+    words = [sys.executable, '-c', code, *map(str, words)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().split()
+
+
+HOLDS = """
+import sys, time
+from agft.core import locked
+with locked(sys.argv[1]):
+    print('held', flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_and_a_stale_lock_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(core, '_PATIENCE', .2)
+    process, _ = start(HOLDS, tmp_path)
+    with pytest.raises(AgftError, match=f'in use by process {process.pid} on '), locked(tmp_path):
+        pass
+    (tmp_path/'.a.json.12345678.tmp').write_text('half')
+    process.kill()
+    process.wait()
+    with locked(tmp_path) as folder:
+        assert not [*folder.glob('.*.tmp')]
+    assert not (tmp_path/'.owner').exists()
+
+
+def test_a_folder_that_cannot_be_written_is_read_without_a_lock(tmp_path, monkeypatch):
+    with open_run(tmp_path, dict(seed=0)):
+        pass
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    with open_run(tmp_path, dict(seed=0)) as folder:
+        assert sorted(folder.iterdir()) == before
+
+
+WORKS = """
+import os, sys, time
+import torch
+from agft.core import parallel_map
+def work(i):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+torch.set_num_threads(2)
+parallel_map(work, [(0,), (1,)], 'cpu')
+"""
+
+
+def alive(pid):
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            return file.read().split()[2] != 'Z'
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_parent(number):
+    process, workers = start(WORKS)
+    assert alive(workers[0])
+    process.send_signal(number)
+    process.wait()
+    deadline = time.monotonic() + 5
+    while alive(workers[0]) and time.monotonic() < deadline:
+        time.sleep(.1)
+    assert not alive(workers[0])

@@ -226,20 +226,132 @@ def test_several_tasks_and_the_tasks_of_a_configuration(tmp_path):
             place.mkdir(parents=True)
             for i in range(3):
                 photo(i).save(place/f'{i}.png')
-    with pytest.raises(AgftError, match='a/pets and .*b/pets are both called pets'):
-        load_tasks([str(tmp_path/site/'pets') for site in 'ab'])
+    names = [str(tmp_path/site/'pets') for site in 'ab']
+    assert [task.name for task in load_tasks(['digits', *names], 4)] == ['digits', 'a-pets', 'b-pets']
+    assert [task.name for task in load_tasks(names[1:])] == ['pets']
+    with pytest.raises(AgftError, match='several tasks are called'):
+        load_tasks([names[0], names[0] + '/../pets'])
     with pytest.raises(AgftError, match="names are 'digits'; allowed: a list of texts"):
         load_tasks('digits')
     data = DataConfig(prompts=('a {}', 'the {}'), size=16)
     task = task_of(data, str(tmp_path/'a/pets'), 4)
     assert task.templates == ('a {}', 'the {}') and task.resolution == 16 and len(task) == 4
     assert task.digest() == load_task(str(tmp_path/'a/pets'), 4, prompts=data.prompts, size=16).digest()
-    with pytest.raises(AgftError, match='unknown prompts .* a list of sentences'):
-        load_task(str(tmp_path/'a/pets'), prompts='a {}')
+    for prompts, words in (('a {}', 'unknown prompts .* a list of sentences'), (5, 'prompts are 5; allowed')):
+        with pytest.raises(AgftError, match=words):
+            load_task(str(tmp_path/'a/pets'), prompts=prompts)  # pyright: ignore[reportArgumentType]
 
 
 def test_labelled_tasks_have_the_digest_that_results_recorded():
-    "The hash of [class names, templates, resolution, labels] as JSON."
+    "The hash of [class names, templates, resolution, labels, hash of the pixels] as JSON."
     task = Task('noise', PIXELS, torch.tensor(LABELS), NAMES, ('a {}',))
-    question = json.dumps([NAMES, ('a {}',), 16, LABELS])
+    pixels = hashlib.sha256(PIXELS.numpy().tobytes()).hexdigest()
+    question = json.dumps([NAMES, ('a {}',), 16, LABELS, pixels])
     assert task.digest() == hashlib.sha256(question.encode()).hexdigest()[:12]
+
+
+def task_with(images=PIXELS, labels=LABELS, classes=NAMES, templates=('a {}',)):
+    return Task.from_tensors('noise', images, labels, classes, templates)
+
+@pytest.mark.parametrize('names', [
+    ('café', 'cafe\u0301', 'tea'), ('a & b', 'a &amp; b', 'c'), ('red fox', 'red\u00a0 fox', 'dog'),
+    ('cat', 'c\u200bat', 'dog'), ('cat', ' CAT\t', 'dog'), ('é', '&eacute;', 'e'),
+    ('a & b', 'a &amp;amp; b', 'c'), ('Å', 'A\u030a', 'a')])
+def test_names_that_the_tokenizer_cannot_tell_apart_are_refused(names):
+    with pytest.raises(AgftError, match='stands twice, at 0 .* and 1 .*unicode form'):
+        task_with(classes=names)
+
+
+def test_names_that_differ_are_kept_as_they_are():
+    names = ('Maße', 'Masse', 'cafe\u0301')
+    assert task_with(classes=names).classes == names
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(classes='cat'), r"class names are 'cat'; allowed: a list of texts, as in \['cat'\]"),
+    (dict(templates='a photo of a {}'), r"templates are 'a photo of a {}'.*as in \['a photo"),
+    (dict(classes={'cat', 'dog', 'gnu'}), 'allowed: a list of texts'),
+    (dict(classes=dict(cat=0, dog=1, gnu=2)), 'allowed: a list of texts'),
+    (dict(classes=3), 'class names are 3; allowed: a list'),
+    (dict(classes=(b'cat', b'dog', b'gnu')), "class name 0 is b'cat'"),
+    (dict(classes=('cat', 'dog', '&nbsp;')), "class name 2 is '&nbsp;'"),
+    (dict(classes=('cat', 'dog', '\udce9')), 'class name 2 .*UTF-8'),
+    (dict(templates=['a {}', 3]), 'template 3'),
+    (dict(labels=[1, 2, 3]*4), r'range over \[1, 3\]; allowed: 0 to 2.*subtract 1'),
+    (dict(labels=[-1, 0, 2]*4), r'range over \[-1, 2\]; .*without a label'),
+    (dict(labels=[0., 1., 2.]*4), 'torch.float64 .*whole numbers'),
+    (dict(labels=[True]*12), 'torch.bool'),
+    (dict(labels=['cat']*12), 'noise: labels are no numbers'),
+    (dict(labels=[0, None]*6), 'noise: labels are no numbers'),
+    (dict(labels=[[0], [1, 2]]*6), 'noise: labels are no numbers'),
+    (dict(labels=np.eye(3, dtype=int)[LABELS]), r'shape \(12, 3\).*argmax\(1\)'),
+    (dict(labels=LABELS[1:]), '12 images and 11 labels'),
+    (dict(images=PIXELS.permute(0, 2, 3, 1).numpy()), 'the channels come second'),
+    (dict(images=[PIXELS[0], PIXELS[1, :, :8]]), 'images are no array'),
+    (dict(images=[[1, 2], [3]]), 'images are no array'),
+    (dict(images='images.npy'), 'images are no array'),
+    (dict(images=PIXELS.numpy().astype('>i4')), 'images are no array|dtype'),
+    (dict(images=PIXELS.numpy()*1.), 'values in .*divide bytes by 255'),
+    (dict(images=PIXELS[:0], labels=[]), 'no numbers|no images|whole numbers'),
+])
+def test_inputs_that_are_no_task_say_what_to_pass(change, words):
+    with pytest.raises(AgftError, match=words) as e:
+        task_with(**change)
+    assert '\n' not in str(e.value)
+
+
+def test_arrays_and_lists_make_the_task_that_tensors_make():
+    expected, array = task_with(), PIXELS.numpy()
+    frozen = array.copy()
+    frozen.setflags(write=False)
+    for images in (array, frozen, array[::-1][::-1], [*PIXELS], [*array], (array/255).astype(np.float32)):
+        for labels in (LABELS, tuple(LABELS), np.array(LABELS, np.uint8), torch.tensor(LABELS)):
+            made = Task.from_tensors('noise', images, labels, [*NAMES], ['a {}'])
+            assert made.digest() == expected.digest() and pixels_of(made).equal(PIXELS)
+    direct = Task('noise', array, LABELS, [*NAMES], ['a {}'])      # pyright: ignore[reportArgumentType]
+    assert direct.digest() == expected.digest() and direct.classes == NAMES and direct.templates == ('a {}',)
+    assert expected.choose([3, 1]).digest() == expected.choose(torch.tensor([3, 1])).digest()
+
+
+@pytest.mark.parametrize('name', ['', ' ', '..', 'a/b', 'a\\b', 'a\nb', 'x'*201, 'é'*101, '\udce9', None, 3])
+def test_task_names_that_no_file_can_have_are_refused(name):
+    with pytest.raises(AgftError, match='task name'):
+        Task.from_tensors(name, PIXELS, LABELS, NAMES)
+    assert Task.from_tensors('été 🐶 (2)', PIXELS, LABELS, NAMES).name == 'été 🐶 (2)'
+
+
+def test_every_part_of_a_task_changes_its_digest():
+    other = PIXELS.clone()
+    other[7, 1, 3, 3] ^= 1
+    tasks = [task_with(), task_with(images=other), task_with(labels=LABELS[::-1]), task_with(labels=None),
+             task_with(classes=NAMES[::-1]), task_with(templates=('the {}',)), task_with().subset(11),
+             task_with(images=PIXELS[:, :, :8, :8]), task_with().subset(12, 1), task_with().subset(12, 2)]
+    assert len({task.digest() for task in tasks}) == len(tasks)
+
+
+INDICES = [0, -1, 5, np.int64(3), torch.tensor(1), slice(None, 0), slice(2, 9, 3), slice(-3, None), [0, 2],
+           [], np.array([4, 1]), torch.tensor([[0, 1], [2, 3]]), torch.arange(12) > 8, np.arange(12) < 2,
+           (0, 1), (slice(0, 2), 0, slice(2, 4)), ([3, 1], slice(None), 0), (2, ..., 0)]
+
+@pytest.mark.parametrize('at', INDICES, ids=map(str, INDICES))
+def test_images_on_the_disk_are_indexed_like_a_tensor(at):
+    lazy = Task.from_dataset('photos', Photos(), size=16).images
+    assert isinstance(lazy, Images)
+    found, expected = lazy[at], PIXELS[at]
+    assert found.shape == expected.shape and found.equal(expected) and found.dtype == torch.uint8
+
+
+def test_images_on_the_disk_behave_like_a_tensor():
+    lazy = Task.from_dataset('photos', Photos(), size=16).images
+    assert isinstance(lazy, Images)
+    assert torch.stack([*lazy]).equal(PIXELS) and (lazy/255).equal(PIXELS/255)
+    assert len(lazy) == 12 and lazy.index_select(0, torch.tensor([2]))[0].equal(PIXELS[2])
+    for at in (12, -13, [99], (12, 0)):
+        with pytest.raises(IndexError):
+            lazy[at]
+    for at in (..., None):
+        with pytest.raises(AgftError, match='allowed: numbers of images'):
+            lazy[at, 0]
+    with pytest.raises(AttributeError, match=r"no 'mean'; images\[:\] reads them all"):
+        lazy.mean()
+    assert pickle.loads(pickle.dumps(lazy)).digest() == lazy.digest() and not hasattr(lazy, 'cpu')

@@ -19,6 +19,7 @@ from agft.evaluation import (
     worst_case_flags,
     write_flags,
 )
+from agft.model import copy_model
 from agft.threats import threat
 from agft.weights import load_model
 
@@ -64,15 +65,15 @@ def test_flags_are_those_of_an_attack_by_hand(model, task, name, norm, eps):
 
 def test_a_file_holds_the_six_arrays(tmp_path):
     flags = some_flags([1, 0, 0, 1])
-    write_flags(tmp_path/'a.npz', flags)
+    write_flags(tmp_path/'a.npz', flags, {'seed': 0})
     with np.load(tmp_path/'a.npz') as arrays:
-        assert arrays.files == [*FLAGS, 'label', 'chance']
+        assert arrays.files == [*FLAGS, 'label', 'chance', 'about']
     assert equal(read_flags(tmp_path/'a.npz'), flags) and [f.name for f in tmp_path.iterdir()] == ['a.npz']
 
 @pytest.mark.parametrize('damage', [b'', b'cut off', 'truncated', 'a field is missing'])
 def test_a_damaged_file_is_named(tmp_path, damage):
     path, flags = tmp_path/'a.npz', some_flags([1, 0, 0, 1])
-    write_flags(path, flags)
+    write_flags(path, flags, {'seed': 0})
     if damage == 'truncated':
         damage = path.read_bytes()[:300]
     if damage == 'a field is missing':
@@ -82,6 +83,55 @@ def test_a_damaged_file_is_named(tmp_path, damage):
     with pytest.raises(AgftError, match='remove the file') as e:
         read_flags(path)
     assert str(path) in str(e.value) and '\n' not in str(e.value)
+
+@pytest.mark.parametrize('at', range(1, 10))
+def test_a_flipped_byte_is_refused_or_has_no_effect(tmp_path, at):
+    path, flags = tmp_path/'a.npz', some_flags([1, 0, 0, 1])
+    write_flags(path, flags, {'seed': 0})
+    held = bytearray(path.read_bytes())
+    held[at*len(held)//10] ^= 16
+    path.write_bytes(held)
+    try:
+        found = read_flags(path, {'seed': 0})
+    except AgftError as e:
+        assert str(path) in str(e)
+        return
+    assert equal(found, flags)
+
+def brighter(task):
+    return replace(task, images=task.images//2 + 64)
+
+def renamed(task):
+    return replace(task, classes=tuple(f'big {name}' for name in task.classes))
+
+@pytest.mark.parametrize('change', [brighter, renamed])
+def test_flags_of_other_images_or_prompts_are_refused(model, task, tmp_path, change):
+    t = threat('fgsm', EPS)
+    evaluate_tasks(model, [task], tmp_path, t)
+    with pytest.raises(AgftError, match='is of another run, with a different task'):
+        evaluate_tasks(model, [change(task)], tmp_path, t)
+
+@pytest.mark.parametrize('change, key', [(dict(seed=1), 'seed'), (dict(batch_size=5), 'batch_size')])
+def test_flags_of_another_protocol_are_refused(model, task, tmp_path, change, key):
+    t = threat('fgsm', EPS)
+    evaluate_tasks(model, [task], tmp_path, t, batch_size=8)
+    with pytest.raises(AgftError, match=f'a different {key}'):
+        evaluate_tasks(model, [task], tmp_path, t, **(dict(batch_size=8) | change))
+
+def test_flags_and_batches_of_another_model_are_refused(model, task, tmp_path):
+    t, other = threat('fgsm', EPS), copy_model(model)
+    with torch.no_grad():
+        next(other.visual.parameters()).mul_(1.01)
+    evaluate_task(model, task, t, batch_size=8, parts=tmp_path/'parts')
+    with pytest.raises(AgftError, match='00000.npz is of another run, with a different model'):
+        evaluate_task(other, task, t, batch_size=8, parts=tmp_path/'parts')
+    evaluate_tasks(model, [task], tmp_path, t)
+    with pytest.raises(AgftError, match='a different model'):
+        evaluate_tasks(other, [task], tmp_path, t)
+
+def test_two_tasks_of_one_name_are_refused(model, task, tmp_path):
+    with pytest.raises(AgftError, match='several tasks are called letters; allowed: every task once'):
+        evaluate_tasks(model, [task, brighter(task)], tmp_path, threat('fgsm', EPS))
 
 def test_among_attacks_only_the_images_that_are_left(model, task):
     t, among = threat('fgsm', EPS/4), np.arange(20) % 2 == 0
@@ -118,8 +168,9 @@ def test_threats_of_one_radius_get_a_worst_case(model, task, tmp_path):
     worst = worst_case_flags([rows[labels[0]][task.name], rows[labels[2]][task.name]])
     assert equal(rows['worst case 4/255'][task.name], worst)
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(t.key for t in threats)
-    no_model:Any = None  # everything is read; no model is needed
-    again = evaluate_threats(no_model, [task], tmp_path, threats)
+    silent:Any = copy_model(model)
+    silent.features = None  # everything is read; nothing is encoded
+    again = evaluate_threats(silent, [task], tmp_path, threats, batch_size=20)
     assert all(equal(again[label][task.name], rows[label][task.name]) for label in rows)
 
 @pytest.mark.parametrize('threats', [[], [threat('fgsm', EPS)]*2])

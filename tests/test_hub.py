@@ -179,7 +179,7 @@ def test_push_uploads_the_folder(tmp_path, monkeypatch, checkpoint):
         def __init__(self, token=None): calls.append(token)
         def create_repo(self, repo_id, **options): calls.append((repo_id, options))
         def upload_folder(self, repo_id, folder_path, **options):
-            calls.append((repo_id, sorted(os.listdir(folder_path)), options['allow_patterns']))
+            calls.append((repo_id, sorted(os.listdir(folder_path))[1:], options['allow_patterns']))
     monkeypatch.setattr(hub, 'HfApi', Api)
     folder = hub.export_folder(checkpoint, tmp_path/'out', repo_id='me/x', licence='mit')
     assert hub.push_to_hub(folder, 'me/x', token='t') == 'hf-hub:me/x'
@@ -192,3 +192,56 @@ def test_export_is_one_command(tmp_path, checkpoint, capsys):
     name = f'local-dir:{tmp_path/"out"}'
     assert name in capsys.readouterr().out
     assert fingerprint(load_model(name)) == fingerprint(load_model(checkpoint))
+
+
+def listing(folder):
+    "The content of every file of a folder."
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize('name', ['README.md', 'open_clip_config.json', 'open_clip_model.safetensors'])
+def test_files_of_the_user_are_not_replaced(tmp_path, checkpoint, name):
+    folder = tmp_path/'out'
+    folder.mkdir()
+    (folder/name).write_text('six weeks of notes')
+    before = listing(folder)
+    with pytest.raises(AgftError, match=f'{name}.*not replaced'):
+        hub.export_folder(checkpoint, folder, 'me/x', 'mit')
+    assert listing(folder) == before
+
+
+def test_an_export_replaces_its_own_files_until_they_are_changed(tmp_path, checkpoint):
+    folder = hub.export_folder(checkpoint, tmp_path/'out', 'me/x', 'mit')
+    (folder/'notes.txt').write_text('mine')
+    results = save_results(tmp_path/'results.json', 'agft eval m.safetensors')
+    hub.export_folder(checkpoint, folder, 'me/x', 'mit', results=results)
+    assert '80.0' in (folder/'README.md').read_text() and (folder/'notes.txt').read_text() == 'mine'
+    (folder/'README.md').write_text('edited')
+    before = listing(folder)
+    with pytest.raises(AgftError, match='README.md.*not replaced'):
+        hub.export_folder(checkpoint, folder, 'me/x', 'mit')
+    assert listing(folder) == before
+
+
+def test_a_checkpoint_stays_where_it_lies(tmp_path, checkpoint):
+    folder = tmp_path/'here'
+    folder.mkdir()
+    own = checkpoint.rename(folder/'open_clip_model.safetensors')
+    content, link = own.read_bytes(), tmp_path/'link.safetensors'
+    link.symlink_to(own)
+    for source in (own, link):
+        hub.export_folder(source, folder, 'me/x', 'mit')
+        assert own.read_bytes() == content and not own.is_symlink()
+    same_logits(load_model(own), open_clip.create_model(f'local-dir:{folder}'))
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path, checkpoint):
+    content = checkpoint.read_bytes()
+    for folder in (checkpoint, checkpoint/'below'):
+        with pytest.raises(AgftError, match='is a file|cannot be'):
+            hub.export_folder(checkpoint, folder, 'me/x', 'mit')
+    (tmp_path/'list').mkdir()
+    (tmp_path/'list'/'.agft-export.json').write_text('[]')
+    with pytest.raises(AgftError, match='not of agft export'):
+        hub.export_folder(checkpoint, tmp_path/'list', 'me/x', 'mit')
+    assert checkpoint.read_bytes() == content

@@ -1,4 +1,5 @@
 "Losses and gradients of every method against the published formulas, and adapters that tune, save and load."
+import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -376,3 +377,20 @@ def test_weights_between_two_models():
     assert fingerprint(a) == fingerprint(load_model('agft-tiny'))
     with pytest.raises(AgftError, match='1.5'):
         interpolate(a, b, 1.5)
+
+
+def test_tga_refuses_an_encoder_that_pools_its_patches(tmp_path, monkeypatch):
+    "CoCa has patches, a transformer and a projection, but of other widths."
+    for table in ('_MODEL_CONFIGS', '_MODEL_CONFIG_PATHS'):
+        monkeypatch.setattr(open_clip.factory, table, getattr(open_clip.factory, table).copy())
+    tower = dict(context_length=77, vocab_size=49408, width=64, heads=1, layers=1)
+    pooled = dict(image_size=32, patch_size=8, width=64, layers=1, attentional_pool=True, attn_pooler_heads=2)
+    config = dict(embed_dim=32, custom_text=True, vision_cfg=pooled | dict(output_tokens=True),
+                  text_cfg=tower | dict(embed_cls=True, output_tokens=True),
+                  multimodal_cfg=tower | dict(context_length=76, attn_pooler_heads=2))
+    (tmp_path/'coca-test.json').write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    model = new_model('coca-test')
+    assert model.head(['cat', 'dog'], ['a {}']).shape == (2, 32)
+    with pytest.raises(AgftError, match='coca-test pools its patches'):
+        method('TGA-ZSR').fits(model)

@@ -179,3 +179,62 @@ def test_importing_the_chapter_imports_no_attack_library():
     code = f'import agft.threats, sys; print(*[name for name in {heavy} if name in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+QUICK = [name for name, attack in THREATS.items() if attack.steps < 100]
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('name', [*QUICK, 'apgd-ce', 'autoattack'])
+def test_threats_work_in_every_precision_and_stay_in_the_ball(name, dtype):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5)).to(dtype)
+    x = torch.rand(3, 3, 8, 8, generator=seeded(0, 'x')).to(dtype)
+    y = net(x).argmax(1)
+    for norm in THREATS[name].norms:
+        eps = 4/255 if norm == 'Linf' else .2
+        eps *= 10 if name == 'autoattack' else 1  # its first attack succeeds, and the others need not run
+        x_adv = threat(name, eps, norm)(net, x, y, seeded(0))
+        change = x_adv.double() - x.double()
+        size = change.abs().amax() if norm == 'Linf' else change.flatten(1).norm(dim=1).max()
+        assert x_adv.dtype == dtype and size <= eps*(1 + 1e-6) + 1e-7
+
+
+BAD_MODELS = {
+    'tuple': (lambda net, x: (net(x), x), 'tuple'),
+    'one number an image': (lambda net, x: net(x)[:, 0], 'shape'),
+    'without gradient': (lambda net, x: net(x).detach(), 'no gradient')}
+
+
+KINDS = ['fgsm', 'mifgsm-least', 'difgsm-random', 'pifgsm', 'apgd-t', 'autoattack', 'cw']
+
+
+@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('answer', BAD_MODELS)
+def test_models_that_cannot_be_attacked_are_one_line(name, answer):
+    wrap, words = BAD_MODELS[answer]
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
+    x = torch.rand(3, 3, 8, 8, generator=seeded(0, 'x'))
+    y = net(x).argmax(1)
+    with pytest.raises(AgftError, match=words):
+        threat(name, 4/255)(lambda x: wrap(net, x), x, y, seeded(0))
+
+
+@pytest.mark.parametrize('name', ['fgsm', 'pifgsm', 'square', 'autoattack', 'pgd20'])
+def test_labels_that_the_model_does_not_have_are_one_line(name):
+    net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5)), torch.rand(3, 3, 8, 8)
+    with pytest.raises(AgftError, match='allowed: 0 to 4'):
+        threat(name, 4/255)(net, x, torch.tensor([1, 3, 5]), seeded(0))
+
+
+def test_a_radius_as_a_text_is_one_line():
+    text:Any = '4/255'
+    with pytest.raises(AgftError, match="'4/255' of type str; allowed: a number"):
+        threat('pgd20', text)
+
+
+def test_an_attack_of_ones_own_keeps_the_precision(registry):
+    register_attack('single', steps=1)(lambda logits_fn, x, y, eps, norm, generator: x.float())
+    x = torch.rand(3, 3, 8, 8).half()
+    with pytest.raises(AgftError, match='single returned torch.float32 for images of torch.float16'):
+        threat('single', .1)(lambda x: x.flatten(1), x, torch.arange(3), seeded(0))

@@ -1,6 +1,9 @@
 "Every field of a fine-tuning configuration changes what it should, and run.json is the configuration."
+import errno
 import json
 import math
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 import agft.train as train
+from agft import __version__
 from agft.attack import margin_loss, pgd
 from agft.config import FinetuneConfig, OptimConfig, as_dict, load_preset, override
 from agft.core import AgftError, NotFinite, read_json, seeded
@@ -151,12 +155,12 @@ def test_grad_clip_bounds_the_norm(tuned, model):
 
 
 def test_checkpoint_every(tuned, monkeypatch):
-    saved, save = [], train._save
+    saved, save = [], train.save_tensors
     def spy(content, path):
-        if isinstance(content, dict):
+        if 'step' in content:
             saved.append(content['step'])
         save(content, path)
-    monkeypatch.setattr(train, '_save', spy)
+    monkeypatch.setattr(train, 'save_tensors', spy)
     tuned(train__steps=5, train__checkpoint_every=2)
     assert saved == [2, 4, 5]
 
@@ -191,7 +195,7 @@ def test_images_and_batch_size(attacked, model, task):
     batch, _, fewer = attacked(train__images=5, train__batch_size=4)
     assert len(batch.x) == 4 and len(fewer.task) == 5
     assert fewer.inputs['images'] != run.inputs['images']
-    with pytest.raises(AgftError, match='train.batch_size is 17; allowed: 1 to the 16'):
+    with pytest.raises(AgftError, match='train.batch_size is 17; allowed: 1 .* to 16 '):
         prepare_run(config(train__batch_size=17), 'cpu', model, task)
 
 
@@ -381,7 +385,7 @@ def test_run_json_equals_the_config(tuned, tmp_path, model, task):
     expected = as_dict(override(asked, **{'data.source': 'texture', 'model.resize': model.resize}))
     expected['data'].pop('root')
     inputs = dict(teacher=fingerprint(model), images=task.digest())
-    assert recorded == dict(command='train', **expected, inputs=inputs)
+    assert recorded == dict(command='train', version=__version__, **expected, inputs=inputs)
     notes = checkpoint_info(tmp_path/'out'/'model.safetensors')
     assert notes['model'] == 'agft-tiny' and notes['method'] == 'AGFT' and notes['source'] == 'texture'
     assert notes['train.betas'] == [.8, .9] and notes['attack.eps'] == '3/255' and notes['seed'] == 4
@@ -505,7 +509,7 @@ def test_sgd_by_hand(tmp_path):
 
 def test_a_run_that_diverges_says_so(tmp_path):
     net, _ = line()
-    with pytest.raises(NotFinite, match='mine: the loss is nan at step 0; try a lower lr than 0.1'):
+    with pytest.raises(NotFinite, match='mine: the loss is nan at step 0, learning rate 0.1; the last'):
         fit(net, lambda step: (net.weight.sum()*math.nan, {}), tmp_path/'a', OptimConfig(steps=2), .1, 'mine')
     with pytest.raises(NotFinite, match='the gradient is .* at step 0'):
         def kink(step): return (net.weight - 1).abs().sqrt().sum(), {}
@@ -517,8 +521,90 @@ def test_a_run_that_diverges_says_so(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     fit(*line(), tmp_path, OptimConfig(steps=2), .1)
     (tmp_path/'state.pt').write_bytes(b'cut')
-    with pytest.raises(AgftError, match='cannot be continued; remove the folder'):
+    with pytest.raises(AgftError, match='state.pt cannot be read; remove it'):
         fit(*line(), tmp_path, OptimConfig(steps=2), .1)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    fit(*line(), tmp_path, OptimConfig(steps=2), .1, about={'seed': 0})
+    with pytest.raises(AgftError, match=r'state.pt is of another run, .* seed \(0 there, 1 now\)'):
+        fit(*line(), tmp_path, OptimConfig(steps=2), .1, about={'seed': 1})
+
+
+@pytest.mark.parametrize('at', [.3, .5, .7, .95])
+def test_a_flipped_byte_in_a_checkpoint_is_refused_or_has_no_effect(tmp_path, at):
+    net, loss_fn = line()
+    fit(net, loss_fn, tmp_path, OptimConfig(steps=2, momentum=.5), .1)
+    file = tmp_path/'state.pt'
+    held = bytearray(file.read_bytes())
+    held[int(at*len(held))] ^= 64
+    file.write_bytes(held)
+    again, loss_fn = line()
+    try:
+        fit(again, loss_fn, tmp_path, OptimConfig(steps=2, momentum=.5), .1)
+    except AgftError:
+        return
+    assert again.weight.item() == net.weight.item()
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step(tmp_path, number):
+    whole, loss_fn = line()
+    fit(whole, loss_fn, tmp_path/'whole', OptimConfig(steps=6), .1)
+    net, loss_fn = line()
+    def signalled(step):
+        if step == 3:
+            signal.raise_signal(number)
+        return loss_fn(step)
+    with pytest.raises(BaseException) as ended:
+        fit(net, signalled, tmp_path/'a', OptimConfig(steps=6), .1)
+    assert isinstance(ended.value, KeyboardInterrupt if number == signal.SIGINT else SystemExit)
+    assert train.load_tensors(tmp_path/'a'/'state.pt')['step'] == 4 == len(read_log(tmp_path/'a'))
+    net, loss_fn = line()
+    fit(net, loss_fn, tmp_path/'a', OptimConfig(steps=6), .1)
+    assert net.weight.item() == whole.weight.item()
+
+
+def test_a_log_that_was_cut_is_read(tmp_path):
+    fit(*line(), tmp_path, OptimConfig(steps=3), .1)
+    with open(tmp_path/'log.jsonl', 'a') as log:
+        log.write('{"step": 2, "loss": 7.0}\n[1, 2]\n{"step": 3, "lo')
+    log = read_log(tmp_path)
+    assert [entry['step'] for entry in log] == [0, 1, 2] and log[2]['loss'] == 7
+
+
+def test_a_full_disk_names_the_last_checkpoint(tmp_path, monkeypatch):
+    net, loss_fn = line()
+    synced = os.fsync
+    calls = []
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 2:  # the first checkpoint is two files: itself and its folder
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        synced(descriptor)
+    with monkeypatch.context() as patch, pytest.raises(AgftError, match='No space left .* after step 2$'):
+        patch.setattr(os, 'fsync', full)
+        fit(net, loss_fn, tmp_path, OptimConfig(steps=6, checkpoint_every=2), .1)
+    assert train.load_tensors(tmp_path/'state.pt')['step'] == 2
+    assert not list(tmp_path.glob('.*.tmp'))
+
+
+def test_a_diverged_run_goes_on_with_a_lower_rate(tmp_path, model, task, monkeypatch):
+    loss, calls = Method.loss, []
+    def explodes(self, *args):
+        value, numbers = loss(self, *args)
+        calls.append(0)
+        return (value*math.nan if len(calls) == 4 else value), numbers
+    with monkeypatch.context() as patch, pytest.raises(NotFinite, match='step 3.*after step 2; a lower'):
+        patch.setattr(Method, 'loss', explodes)
+        finetune(config(train__steps=5, train__checkpoint_every=2), tmp_path/'a', 'cpu', model, task)
+    lower:dict[str, Any] = dict(train__steps=5, train__checkpoint_every=2)
+    lower['train__start_from'] = str(tmp_path/'a')
+    finetune(config(method__lr=.001, **lower), tmp_path/'b', 'cpu', model, task)
+    rates = [entry['lr'] for entry in read_log(tmp_path/'b')]
+    assert len(rates) == 5 and max(rates[2:]) <= .001 < rates[1]
+    with pytest.raises(AgftError, match='seed'):
+        finetune(config(method__lr=.001, seed=1, **lower), tmp_path/'c', 'cpu', model, task)
 
 
 def test_the_plan_of_a_run_is_json():
