@@ -34,7 +34,7 @@ from agft.config import (
     presets,
     validate,
 )
-from .core import AgftError, check_known, ended_by, keep_freed_memory, one_line
+from .core import AgftError, check, check_known, ended_by, keep_freed_memory, one_line
 
 # %% ../nbs/26_cli.ipynb #632f5645
 _Unnamed = arg(name='') # the fields of a configuration are options without a prefix
@@ -320,6 +320,14 @@ def _usage()->str:
     lines = ['usage: agft COMMAND [OPTIONS]', '', what, '', 'commands:', *rows, '', known, more]
     return '\n'.join(lines)
 
+def _check_launch(command:str):
+    "Several processes that were started together can train and evaluate; the first of them prints."
+    several = os.environ.get('WORLD_SIZE', '1') != '1'
+    check(not several or command in ('train', 'eval'), f'agft {command} runs in one process; allowed with '
+          'torchrun or accelerate: train, eval')
+    if os.environ.get('RANK', '0') != '0':
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 (until the process ends)
+
 @contextlib.contextmanager
 def _terminable()->Iterator[None]:
     "Within the block, SIGTERM ends the process as an exception does: workers end, locks are given back."
@@ -349,6 +357,7 @@ def main(
     try:
         check_known('command', words[0], _COMMANDS)
         options = parse(words[0], words[1:])
+        _check_launch(words[0])
         keep_freed_memory()
         with _terminable():
             _run(words[0], options)

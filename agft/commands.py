@@ -32,7 +32,17 @@ from agft.bench import (
 )
 from .bench_report import bench_page
 from .config import AuditConfig, EvaluateConfig, FinetuneConfig, Recipe, as_dict
-from .core import AgftError, check, file_digests, open_run, pick_device, seeded, write_json, write_text
+from agft.core import (
+    AgftError,
+    check,
+    file_digests,
+    open_run,
+    pick_device,
+    processes,
+    seeded,
+    write_json,
+    write_text,
+)
 from .data import Task, task_of, tasks_of
 from .model import ZeroShotCLIP, fingerprint
 from .registry import DATA_SETS, PAPER15, Missing, classes_of, data_report, data_set, digest, fetch, pack
@@ -196,7 +206,8 @@ def evaluate(
         records = evaluate_model(model, name, tasks, config.eval, folder/'flags', source, config.seed)
         results = Results.from_records(records, config=as_dict(config))
         results.about = _about(command, threats, tasks, device, began, inputs=inputs)
-        results.save(folder/'results.json')
+        if processes().is_main_process:
+            results.save(folder/'results.json')
     print(f'{results.about["threats"]}\n{markdown(by_task(results))}')
     return results
 

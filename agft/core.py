@@ -274,6 +274,11 @@ def open_run(
     run:dict,          # everything that the results depend on
 )->Iterator[Path]:     # the directory, which no other process uses meanwhile
     "Make `out` the directory of this run, or continue the same run; another run's directory is an error."
+    group = processes()
+    if not group.is_main_process:  # of those that were started together, the first one opens it
+        group.wait_for_everyone()
+        yield Path(out)
+        return
     check_run_dir(out)
     with locked(out) as folder:
         file = folder/'run.json'
@@ -281,6 +286,7 @@ def open_run(
             check_same(folder, read_json(file), run)
         else:
             write_json(file, run)
+        group.wait_for_everyone()
         yield folder
 
 # %% ../nbs/00_core.ipynb #f77fce57

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .attack import NORMS, input_gradient, misclassified, zero_grad
-from .core import AgftError, Progress, check, check_same, one_line, seeded, whole_file
+from .core import AgftError, Progress, check, check_same, one_line, processes, seeded, whole_file
 from .data import Task, check_distinct
 from .model import ZeroShotCLIP, fingerprint
 from .threats import Threat
@@ -122,28 +122,45 @@ def evaluate_task(
     labels, chance = task.require_labels(), np.array(1/len(task.classes))
     head = model.head(task.classes, task.templates)
     attackable = torch.ones(len(task), dtype=torch.bool) if among is None else torch.from_numpy(among)
+    about = _about(model, digest, task, threat, seed, batch_size, among) if parts else {}
     def logits_fn(x): return model.logits(x, head)
-    batches, about = [], _about(model, digest, task, threat, seed, batch_size, among) if parts else {}
-    for i, rows in enumerate(torch.arange(len(task)).split(batch_size)):
+    def measure(i:int, rows:Tensor)->Flags:
         part = parts/f'{i:05}.npz' if parts else None
         if part and part.exists():
-            batches.append(read_flags(part, about))
-        else:
-            x, y = task.images[rows].to(head.device) / 255, labels[rows].to(head.device)
-            generator = seeded(seed, task.name, threat.name, i)
-            try:
-                measured = _evaluate_batch(logits_fn, x, y, threat, generator, attackable[rows])
-            except AgftError as e:
-                raise type(e)(f'{task.name}, batch {i}: {e}') from e
-            clean, robust, no_gradient, distance = measured
-            batches.append(Flags(clean, robust, no_gradient, distance, labels[rows].numpy(), chance))
-            if part:
-                write_flags(part, batches[-1], about)
+            return read_flags(part, about)
+        x, y = task.images[rows].to(head.device) / 255, labels[rows].to(head.device)
+        generator = seeded(seed, task.name, threat.name, i)
+        try:
+            measured = _evaluate_batch(logits_fn, x, y, threat, generator, attackable[rows])
+        except AgftError as e:
+            raise type(e)(f'{task.name}, batch {i}: {e}') from e
+        flags = Flags(*measured, labels[rows].numpy(), chance)
+        if part:
+            write_flags(part, flags, about)
+        return flags
+    return _joined(measure, torch.arange(len(task)).split(batch_size), parts, on_batch)
+
+def _joined(
+    measure:Callable,             # number and rows of a batch -> its flags
+    batches:Sequence[Tensor],     # rows of each
+    parts:Path|None,              # folder through which several processes exchange batches
+    on_batch:Callable|None,
+)->Flags:
+    "Flags of all batches; processes that were started together share them out."
+    group = processes()
+    several = parts is not None and group.num_processes > 1
+    mine = range(group.process_index, len(batches), group.num_processes) if several else range(len(batches))
+    found = {}
+    for i in mine:
+        found[i] = measure(i, batches[i])
         if on_batch:
-            on_batch(len(rows))
-    def join(field:str)->np.ndarray: return np.concatenate([getattr(batch, field) for batch in batches])
-    clean, robust, no_gradient, distance = map(join, FLAGS)
-    return Flags(clean, robust, no_gradient, distance, labels.numpy(), chance)
+            on_batch(len(batches[i]))
+    if several:
+        group.wait_for_everyone()
+        found = {i: measure(i, rows) for i, rows in enumerate(batches)}  # reads what the others have written
+    ordered = [found[i] for i in range(len(batches))]
+    def join(field:str)->np.ndarray: return np.concatenate([getattr(flags, field) for flags in ordered])
+    return Flags(*map(join, (*FLAGS, 'label')), ordered[0].chance)
 
 # %% ../nbs/13_evaluation.ipynb #dbc6be05
 def evaluate_tasks(
@@ -158,7 +175,7 @@ def evaluate_tasks(
     digest:str|None=None,    # fingerprint of the model; None: it is computed
 )->dict[str, Flags]:         # task name -> flags
     "Evaluate one task after another; tasks and batches that are finished are not evaluated again."
-    folder, flags, digest = Path(folder), {}, digest or fingerprint(model)
+    folder, flags, digest, group = Path(folder), {}, digest or fingerprint(model), processes()
     check_distinct(tasks)
     with Progress(desc, sum(map(len, tasks)), unit='image') as progress:
         for task in tasks:
@@ -170,8 +187,11 @@ def evaluate_tasks(
             else:
                 found = evaluate_task(model, task, threat, seed, batch_size, robust, parts, progress.update,
                                       digest)
-                write_flags(path, found, about)
-            shutil.rmtree(parts, ignore_errors=True)
+                if group.is_main_process:
+                    write_flags(path, found, about)
+            group.wait_for_everyone()
+            if group.is_main_process:
+                shutil.rmtree(parts, ignore_errors=True)
             flags[task.name] = read_flags(path, about)
     return flags
 

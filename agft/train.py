@@ -7,7 +7,6 @@ __all__ = ['learning_rate', 'fit', 'save_tensors', 'load_tensors', 'read_log', '
            'finetune', 'dry_run']
 
 # %% ../nbs/12_train.ipynb #e029f3ce
-import contextlib
 import inspect
 import json
 import math
@@ -501,6 +500,7 @@ def _student_of(
     "A copy of the teacher in which the parameters of the adapter require gradients."
     train = config.train
     teacher.precision = train.precision
+    torch.set_float32_matmul_precision('high' if train.precision == 'tf32' else 'highest')
     student = copy_model(teacher.requires_grad_(False).eval())
     visual:Any = student.visual
     if train.checkpoint_activations:
@@ -622,9 +622,7 @@ def finetune(
     check_run_dir(out)
     run = prepare_run(config, device, model, task)
     group = processes()
-    alone = open_run(out, run.about) if group.is_main_process else contextlib.nullcontext(Path(out))
-    with alone as folder:
-        group.wait_for_everyone()
+    with open_run(out, run.about) as folder:
         saved = folder/'model.safetensors'
         if not saved.exists():
             _train(run, folder)

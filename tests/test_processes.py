@@ -7,9 +7,12 @@ import sys
 import pytest
 import torch
 
+import agft.evaluation as evaluation
 import agft.train as train
+from agft.cli import main
 from agft.config import load_preset, override
 from agft.core import AgftError
+from agft.results import Results
 from agft.train import finetune, read_log
 from agft.weights import load_model
 
@@ -104,3 +107,46 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
 def test_more_parts_than_images_are_refused(tmp_path):
     with pytest.raises(AgftError, match='train.batch_size is 7; allowed: 8 '):
         alone('AGFT', tmp_path, **{'train.accumulate': 8})
+
+
+WORDS = ['--tasks', 'digits,texture', '--attacks', 'pgd20', '--eval.images', '10', '--eval.batch-size', '3']
+
+
+def evaluated(out, count):
+    "Evaluate in processes that torchrun starts."
+    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={count}', '-m', 'agft']
+    work = ['eval', 'agft-tiny', *WORDS, '--out', out]
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.getcwd()}
+    return subprocess.run([*map(str, [sys.executable, *launch, *work])], env=env, capture_output=True,
+                          text=True, timeout=400)
+
+
+def flags_of(out): return {f.relative_to(out): f.read_bytes() for f in (out/'flags').rglob('*.npz')}
+
+
+def test_an_evaluation_is_shared_out_and_continued_by_another_number_of_processes(tmp_path):
+    whole, cut = tmp_path/'whole', tmp_path/'cut'
+    done = evaluated(whole, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('zero-shot mean') == 1, 'more than one process printed'
+    files, batch = [], evaluation._evaluate_batch
+    def dies(*args):
+        files.append(1)
+        if len(files) > 2:
+            raise KeyboardInterrupt
+        return batch(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, '_evaluate_batch', dies)
+        assert main(['eval', 'agft-tiny', *WORDS, '--out', str(cut)]) == 130
+    assert evaluated(cut, 2).returncode == 0
+    assert main(['eval', 'agft-tiny', *WORDS, '--out', str(tmp_path/'one')]) == 0
+    assert flags_of(whole) == flags_of(cut) == flags_of(tmp_path/'one') and len(flags_of(whole)) == 2
+    rows = [Results.load(out/'results.json').accuracy.to_dict() for out in (whole, cut, tmp_path/'one')]
+    assert rows[0] == rows[1] == rows[2]
+    assert 'refused' not in done.stderr
+
+
+def test_other_commands_refuse_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert main(['audit', 'agft-tiny']) == 2
+    assert 'agft audit runs in one process' in capsys.readouterr().err

@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 from typing import Any
 
@@ -18,7 +19,7 @@ from agft.config import FinetuneConfig, OptimConfig, as_dict, load_preset, overr
 from agft.core import AgftError, NotFinite, read_json, seeded
 from agft.data import Task, load_task
 from agft.methods import METHODS, Method
-from agft.model import copy_model, fingerprint, from_modules
+from agft.model import ZeroShotCLIP, copy_model, fingerprint, from_modules
 from agft.threats import THREATS, register_attack
 from agft.train import finetune, fit, learning_rate, prepare_run, read_log
 from agft.weights import checkpoint_info, load_model
@@ -163,6 +164,57 @@ def test_checkpoint_every(tuned, monkeypatch):
     monkeypatch.setattr(train, 'save_tensors', spy)
     tuned(train__steps=5, train__checkpoint_every=2)
     assert saved == [2, 4, 5]
+
+
+@pytest.mark.parametrize('precision', ['tf32', 'bf16', 'fp16'])
+def test_every_precision_trains(tuned, precision):
+    exact, _ = tuned('AGFT', train__steps=2, train__grad_clip=1.)
+    rough, _ = tuned('AGFT', train__steps=2, train__grad_clip=1., train__precision=precision)
+    matmul = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    change = largest_change(exact, rough)
+    assert change < 1e-2 and matmul == ('high' if precision == 'tf32' else 'highest')
+    assert (change == 0) == (precision == 'tf32')  # which is fp32 on a CPU
+
+
+def test_scaled_gradients_are_those_without_a_scale(tmp_path):
+    plain, loss_fn = line()
+    fit(plain, loss_fn, tmp_path/'plain', OptimConfig(steps=4), .1)
+    scaled, loss_fn = line()
+    fit(scaled, loss_fn, tmp_path/'scaled', OptimConfig(steps=4), .1, half=True)
+    assert scaled.weight.item() == pytest.approx(plain.weight.item(), rel=1e-6)
+    assert train.load_tensors(tmp_path/'scaled'/'state.pt')['scaler']['scale'] > 1
+
+
+def transformer():
+    "A small vision transformer of open_clip with random weights."
+    import open_clip
+    torch.manual_seed(0)
+    text = dict(context_length=16, vocab_size=49408, width=32, heads=1, layers=1)
+    vision = dict(image_size=32, patch_size=8, width=64, layers=2)
+    network:Any = open_clip.CLIP(32, vision, text)
+    network.visual.set_grad_checkpointing(False)
+    return ZeroShotCLIP(network, open_clip.get_tokenizer('ViT-B-32', context_length=16), 'small',
+                        preprocess=dict(size=32, mean=(.5,)*3, std=(.5,)*3))
+
+
+def test_checkpointed_activations_change_nothing_but_memory(tmp_path, task):
+    def run(name, **changes):
+        asked = config('AGFT', train__steps=2, **changes)
+        return dict(finetune(asked, tmp_path/name, 'cpu', transformer(), task).visual.named_parameters())
+    plain, checkpointed = run('a'), run('b', train__checkpoint_activations=True)
+    assert largest_change(plain, checkpointed) < 1e-6
+    with pytest.raises(AgftError, match='checkpoint_activations needs a vision transformer'):
+        prepare_run(config(train__checkpoint_activations=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile needs a compiler')
+def test_a_compiled_encoder_learns_the_same(tmp_path, task):
+    def run(name, **changes):
+        asked = config('AGFT', train__steps=2, **changes)
+        return dict(finetune(asked, tmp_path/name, 'cpu', transformer(), task).visual.named_parameters())
+    assert largest_change(run('a'), run('b', train__compile=True)) < 1e-4
 
 
 def test_precision(tuned, attacked):
