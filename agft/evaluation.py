@@ -134,7 +134,8 @@ def evaluate_task(
             measured = _evaluate_batch(logits_fn, x, y, threat, generator, attackable[rows])
         except AgftError as e:
             raise type(e)(f'{task.name}, batch {i}: {e}') from e
-        flags = Flags(*measured, labels[rows].numpy(), chance)
+        clean, robust, no_gradient, distance = measured
+        flags = Flags(clean, robust, no_gradient, distance, labels[rows].numpy(), chance)
         if part:
             write_flags(part, flags, about)
         return flags
@@ -160,7 +161,8 @@ def _joined(
         found = {i: measure(i, rows) for i, rows in enumerate(batches)}  # reads what the others have written
     ordered = [found[i] for i in range(len(batches))]
     def join(field:str)->np.ndarray: return np.concatenate([getattr(flags, field) for flags in ordered])
-    return Flags(*map(join, (*FLAGS, 'label')), ordered[0].chance)
+    clean, robust, no_gradient, distance, label = map(join, (*FLAGS, 'label'))
+    return Flags(clean, robust, no_gradient, distance, label, ordered[0].chance)
 
 # %% ../nbs/13_evaluation.ipynb #dbc6be05
 def evaluate_tasks(

@@ -190,8 +190,8 @@ def transformer():
     "A small vision transformer of open_clip with random weights."
     import open_clip
     torch.manual_seed(0)
-    text = dict(context_length=16, vocab_size=49408, width=32, heads=1, layers=1)
-    vision = dict(image_size=32, patch_size=8, width=64, layers=2)
+    text:Any = dict(context_length=16, vocab_size=49408, width=32, heads=1, layers=1)
+    vision:Any = dict(image_size=32, patch_size=8, width=64, layers=2)
     network:Any = open_clip.CLIP(32, vision, text)
     network.visual.set_grad_checkpointing(False)
     return ZeroShotCLIP(network, open_clip.get_tokenizer('ViT-B-32', context_length=16), 'small',
