@@ -14,7 +14,7 @@ setup(
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     python_requires='>='+cfg['min_python'], install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'lora', 'data')},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'lora', 'data', 'cluster')},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     packages=find_packages(include=['agft', 'agft.*']),
     package_data={'agft': ['py.typed', 'assets/*', 'configs/*.json', 'presets/*.json']}, zip_safe=False)

@@ -34,7 +34,7 @@ from agft.config import (
     presets,
     validate,
 )
-from .core import AgftError, check, check_known, ended_by, keep_freed_memory, one_line
+from .core import AgftError, check, check_known, ended_by, keep_freed_memory, on_cluster, one_line
 
 # %% ../nbs/26_cli.ipynb #632f5645
 _Unnamed = arg(name='') # the fields of a configuration are options without a prefix
@@ -88,6 +88,7 @@ class _Bench(_Preset):
     config:Annotated[Recipe, _Unnamed] = field(default_factory=Recipe)
     out:str = 'agft_bench'     # output directory
     quick:bool = False         # a cut-down protocol that runs every part in minutes
+    scheduler:str = ''         # tcp://HOST:PORT of a Dask cluster that does the work; empty: this machine
     device:str = 'auto'        # auto, cpu or cuda
 
 @dataclass(frozen=True)
@@ -283,7 +284,8 @@ def command_line(
     "The command that gives this configuration, without the output directory and the device."
     method = found.config.method.name if command == 'train' else 'AGFT'
     default = _default(command, found.preset, method)
-    same = replace(found, out=default.out, device=default.device)
+    elsewhere = dict(scheduler='') if command == 'bench' else {}
+    same = replace(found, out=default.out, device=default.device, **elsewhere)
     words = _changed(same, default)
     named = ['--method.name', method] if command == 'train' else []
     return shlex.join(['agft', command, '--preset', found.preset, *named, *words])
@@ -304,7 +306,8 @@ def _run(command:str, found:Any):
     if command == 'demo':
         return commands.demo(found.config, found.out, found.seeds, found.device, line)
     if command == 'bench':
-        return commands.run_bench(found.config, found.out, found.device, found.quick, line)
+        with on_cluster(found.scheduler):
+            return commands.run_bench(found.config, found.out, found.device, found.quick, line)
     if command == 'pretrain':
         from agft.pretrain import pretrain
         return pretrain(found.config, found.out, found.config.seed, found.device)

@@ -20,6 +20,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
+from contextvars import ContextVar
 from difflib import get_close_matches
 from numbers import Integral
 from pathlib import Path
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ['import_torchvision', 'AgftError', 'NotFinite', 'check', 'check_known', 'one_line', 'raises', 'seeded', 'pick_device',
            'whole_file', 'write_text', 'write_json', 'read_json', 'check_run_dir', 'check_same', 'locked',
            'file_digests', 'open_run', 'cached_json', 'package_file', 'asset', 'Progress', 'progress',
-           'keep_freed_memory', 'parallel_map', 'processes', 'signals_noted', 'ended_by']
+           'keep_freed_memory', 'on_cluster', 'parallel_map', 'processes', 'signals_noted', 'ended_by']
 
 # %% ../nbs/00_core.ipynb #a0113593
 _declared = []  # keeps the operators alive: a library that is garbage-collected takes its operators with it
@@ -411,13 +412,53 @@ def _end_with(
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-def _run_job(f:Callable, number:int, job:tuple, parent:int)->tuple[int, Any]:
+def _run_job(f:Callable, number:int, job:tuple, parent:int|None)->tuple[int, Any]:
     "What a worker process does: call `f`, and say which job it was."
     if 'AGFT_WORKER' not in os.environ:
         os.environ['AGFT_WORKER'] = '1'
-        _end_with(parent)
+        if parent is not None:
+            _end_with(parent)
         keep_freed_memory()
     return number, f(*job)
+
+_scheduler:ContextVar[str] = ContextVar('scheduler', default='') # of a Dask cluster; empty: this machine
+
+@contextlib.contextmanager
+def on_cluster(
+    scheduler:str, # address of a Dask scheduler, tcp://HOST:PORT; empty: this machine
+)->Iterator[None]:
+    "Within the block, `parallel_map` calls on the workers of a Dask cluster; they share the file system."
+    if not scheduler:
+        yield
+        return
+    try:
+        from dask.distributed import Client
+    except ImportError as e:
+        raise AgftError('a scheduler needs dask; pip install "dask[distributed]"') from e
+    try:
+        client = Client(scheduler, timeout=10)
+    except (OSError, ValueError) as e:
+        raise AgftError(f'no scheduler at {scheduler!r} ({one_line(e)}); allowed: tcp://HOST:PORT') from e
+    token = _scheduler.set(scheduler)
+    try:
+        with client:
+            yield
+    finally:
+        _scheduler.reset(token)
+
+def _parallel(jobs:int, device:str|torch.device)->Any:
+    "A joblib pool in processes of one thread each, or the workers of a cluster; None: one call at a time."
+    import torch
+    from joblib import Parallel, parallel_config
+    if _scheduler.get():
+        with parallel_config('dask'):
+            return Parallel(-1, return_as='generator_unordered')
+    cores = torch.get_num_threads() if pick_device(device).type == 'cpu' else 1
+    if cores == 1:
+        return None
+    workers = cores + jobs%cores  # the jobs left over run beside the others
+    with parallel_config('loky', inner_max_num_threads=1):
+        return Parallel(workers, return_as='generator_unordered')
 
 def parallel_map(
     f:Callable,
@@ -425,18 +466,15 @@ def parallel_map(
     device:str|torch.device,   # a CPU runs as many calls at once as torch has threads; a GPU one by one
     desc:str='jobs',           # what they are, for the progress
 )->list:                       # what `f` returned, in the order of `jobs`
-    "Call `f` with each job's arguments, on a CPU in processes of one thread each."
-    import torch
-    from joblib import Parallel, delayed, parallel_config
-    cores = torch.get_num_threads() if pick_device(device).type == 'cpu' else 1
-    workers = cores + len(jobs)%cores  # the jobs left over run beside the others
-    if cores == 1:
+    "Call `f` with each job's arguments, on a CPU in processes of one thread each, or on a cluster."
+    from joblib import delayed
+    pool, found = _parallel(len(jobs), device), [None]*len(jobs)
+    if pool is None:
         return [f(*job) for job in progress(jobs, desc)]
-    found = [None]*len(jobs)
-    with warnings.catch_warnings(), parallel_config('loky', inner_max_num_threads=1):
+    parent = None if _scheduler.get() else os.getpid()
+    with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'A worker stopped while')  # its memory has grown
-        running = Parallel(workers, return_as='generator_unordered')(
-            delayed(_run_job)(f, number, job, os.getpid()) for number, job in enumerate(jobs))
+        running = pool(delayed(_run_job)(f, number, job, parent) for number, job in enumerate(jobs))
         for number, value in progress(running, desc, len(jobs)):
             found[number] = value
     return found

@@ -55,6 +55,7 @@ def style():
         'lines.linewidth': 1.6,
         'image.interpolation': 'nearest',
         'image.cmap': 'gray',
+        'text.parse_math': False,  # the name of a class may hold a dollar sign
     })
 
 # %% ../nbs/02_plots.ipynb #b2c24500

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -190,3 +191,35 @@ def test_workers_end_with_their_parent(number):
     while alive(workers[0]) and time.monotonic() < deadline:
         time.sleep(.1)
     assert not alive(workers[0])
+
+
+# -- a cluster
+
+def slow_square(i, folder):
+    "Says which process works, and takes a while."
+    (folder/f'{i}-{os.getpid()}').touch()
+    time.sleep(1.5)
+    return i*i
+
+
+@pytest.mark.slow
+def test_a_cluster_goes_on_without_a_worker_that_was_killed(tmp_path):
+    distributed = pytest.importorskip('distributed')
+    def kill():
+        while not [*tmp_path.iterdir()]:
+            time.sleep(.05)
+        os.kill(int(next(tmp_path.iterdir()).name.split('-')[1]), signal.SIGKILL)
+    cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
+    with cluster, core.on_cluster(cluster.scheduler_address):
+        thread = threading.Thread(target=kill)
+        thread.start()
+        found = parallel_map(slow_square, [(i, tmp_path) for i in range(6)], 'cpu')
+        thread.join()
+    assert found == [i*i for i in range(6)]
+    assert len({file.name.split('-')[1] for file in tmp_path.iterdir()}) >= 2
+
+
+def test_a_scheduler_that_is_not_there_is_one_line():
+    pytest.importorskip('distributed')
+    with pytest.raises(AgftError, match='no scheduler at'), core.on_cluster('nonsense'):
+        pass
