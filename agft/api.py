@@ -38,7 +38,7 @@ def finetune(
     model:ZeroShotCLIP|str,     # the pre-trained model, or what `load_model` loads
     method:str='AGFT',          # a registered method
     out:str|Path='agft_train',  # directory of the run; the same call continues an interrupted run
-    task:Task|None=None,        # training images, all of them are used; None: the preset's source task
+    task:Task|str|None=None,    # training images (all are used), or a name; None: the preset's source task
     preset:str|None=None,       # where settings come from; None: the preset of a shipped model
     seed:int=0,                 # of batches and random starts
     device:str='auto',          # auto, cpu or cuda
@@ -50,6 +50,7 @@ def finetune(
     own = {} if task is None else {'train.images': None}  # all images of a task of your own
     config = override(recipe.finetune(method, seed), **{'model.name': name, **own, **changes})
     live = None if isinstance(model, str) else model
+    task = load_tasks([task], split='train')[0] if isinstance(task, str) else task
     return _train.finetune(config, out, device, model=live, task=task)
 
 # %% ../nbs/24_api.ipynb #92f20129

@@ -14,6 +14,7 @@ import shlex
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -331,6 +332,21 @@ def _check_launch(command:str):
     if os.environ.get('RANK', '0') != '0':
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 (until the process ends)
 
+def _is_memory(error:Exception)->bool:
+    "Whether memory of the machine or of a GPU has run out; torch says it in its own words."
+    said = "can't allocate memory" in str(error) or type(error).__name__ == 'OutOfMemoryError'
+    return isinstance(error, MemoryError) or said
+
+@contextlib.contextmanager
+def _plain_warnings()->Iterator[None]:
+    "Within the block, a warning is one line without a place in the code."
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **more: f'warning: {one_line(message)}\n'
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
 @contextlib.contextmanager
 def _terminable()->Iterator[None]:
     "Within the block, SIGTERM ends the process as an exception does: workers end, locks are given back."
@@ -362,15 +378,17 @@ def main(
         options = parse(words[0], words[1:])
         _check_launch(words[0])
         keep_freed_memory()
-        with _terminable():
+        with _terminable(), _plain_warnings():
             _run(words[0], options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of the output has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (AgftError, OSError, MemoryError) as e:
+    except (AgftError, OSError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not _is_memory(e):
+            raise
         memory = 'not enough memory: use fewer or smaller images, or a smaller batch; '
-        print('agft:', (memory if isinstance(e, MemoryError) else '') + one_line(e), file=sys.stderr)
+        print('agft:', (memory if _is_memory(e) else '') + one_line(e), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('agft: interrupted; the same command continues', file=sys.stderr)

@@ -101,10 +101,10 @@ class DataConfig:
     size:Count|None = None           # pixels that photographs are brought to; None: each data set's own rule
 
 def _check_radii(norm:str, *radii:float):
-    "An L∞ radius of more than 1 is a radius that was not divided by 255."
+    "At an L∞ radius of one half every image can become grey; a larger one was not divided by 255."
     largest = max(radii, default=0.)
-    inside = norm == 'L2' or largest <= 1
-    check(inside, f'eps is {largest:g}; allowed: at most 1 in pixel units (write 4/255, not 4)')
+    inside = norm == 'L2' or largest <= .5
+    check(inside, f'eps is {largest:g}; allowed: at most 0.5 in pixel units (write 4/255, not 4)')
 
 @_settings
 class AttackConfig:
@@ -355,7 +355,7 @@ def _explain(
     if kind == 'missing':
         return f'{path} is missing'
     if isinstance(error.get('ctx', {}).get('error'), AgftError):
-        return f'{path}: {error["ctx"]["error"]}'
+        return f'{path}: {error["ctx"]["error"]}'.removeprefix(': ')
     allowed = error['msg'].removeprefix('Value error, ').removeprefix('Input should be ')
     if kind == 'dataclass_type':
         allowed = 'a group of settings'

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 # %% auto #0
-__all__ = ['import_torchvision', 'AgftError', 'NotFinite', 'check', 'check_known', 'one_line', 'raises', 'seeded', 'pick_device',
-           'whole_file', 'write_text', 'write_json', 'read_json', 'check_run_dir', 'check_same', 'locked',
-           'file_digests', 'open_run', 'cached_json', 'package_file', 'asset', 'Progress', 'progress',
-           'keep_freed_memory', 'on_cluster', 'parallel_map', 'processes', 'signals_noted', 'ended_by']
+__all__ = ['import_torchvision', 'AgftError', 'NotFinite', 'check', 'check_known', 'one_line', 'raises', 'seeded', 'processes',
+           'pick_device', 'whole_file', 'write_text', 'write_json', 'read_json', 'check_run_dir', 'check_same',
+           'locked', 'file_digests', 'open_run', 'cached_json', 'package_file', 'asset', 'Progress', 'progress',
+           'keep_freed_memory', 'on_cluster', 'parallel_map', 'signals_noted', 'ended_by']
 
 # %% ../nbs/00_core.ipynb #a0113593
 _declared = []  # keeps the operators alive: a library that is garbage-collected takes its operators with it
@@ -122,6 +122,13 @@ def seeded(
     digest = hashlib.sha256(text.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big'))
 
+# %% ../nbs/00_core.ipynb #9d0f77c2
+def processes()->PartialState: # process_index, num_processes, is_main_process, wait_for_everyone()
+    "The processes that torchrun or accelerate started together; one process where there is no launcher."
+    import torch
+    from accelerate import PartialState
+    return PartialState(cpu=not torch.cuda.is_available())
+
 # %% ../nbs/00_core.ipynb #94371cc2
 def pick_device(
     name:str|torch.device='auto', # 'auto' (a GPU if there is one), 'cpu', 'cuda' or 'cuda:N'
@@ -163,6 +170,9 @@ def whole_file(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         _wait_for_disk(temporary)
         os.replace(temporary, path)
         _wait_for_disk(path.parent)
@@ -227,9 +237,12 @@ def check_same(
     now:dict,      # what it must depend on to be used
 ):
     "Raise `AgftError`, naming each key that differs."
+    other = there.get('command') if isinstance(there, dict) else None
+    check(other == now.get('command'), f'{what} is of another run, an output of {other or "something else"}; '
+          'name another directory')
     differ = _differences(there, json.loads(json.dumps(now)))  # as it was written: tuples become lists
     check(not differ, f'{what} is of another run, with a different {", ".join(differ)}; '
-          'name another directory, or remove that one')
+          f'use another directory, or remove {what}')
 
 _PATIENCE = 5 # seconds in which the workers of a process that was killed end
 
@@ -265,7 +278,7 @@ def locked(
 def file_digests(
     names:Sequence[str], # files; what is no file, the name of a module for one, is left out
 )->dict[str, str]:       # SHA-256 of each file, hexadecimal
-    "What the content of files is recognised by."
+    "The digests by which a changed file is detected."
     files = [name for name in names if Path(name).is_file()]
     return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
 
@@ -283,10 +296,10 @@ def open_run(
     check_run_dir(out)
     with locked(out) as folder:
         file = folder/'run.json'
-        if file.exists():
+        if any(entry.name != 'run.json' and not entry.name.startswith('.') for entry in folder.iterdir()):
             check_same(folder, read_json(file), run)
-        else:
-            write_json(file, run)
+        elif not file.exists() or read_json(file) != json.loads(json.dumps(run)):
+            write_json(file, run)  # nothing has been computed there yet
         group.wait_for_everyone()
         yield folder
 
@@ -480,19 +493,14 @@ def parallel_map(
     return found
 
 # %% ../nbs/00_core.ipynb #1df02b33
-def processes()->PartialState: # process_index, num_processes, is_main_process, wait_for_everyone()
-    "The processes that torchrun or accelerate started together; one process where there is no launcher."
-    import torch
-    from accelerate import PartialState
-    return PartialState(cpu=not torch.cuda.is_available())
-
 @contextlib.contextmanager
 def signals_noted()->Iterator[list[int]]: # numbers of the signals that have come
     "Within the block, the first SIGINT or SIGTERM is noted and does not interrupt."
     came, before = [], {}
     def note(number:int, frame:object):
         came.append(number)
-        signal.signal(number, before[number])
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if threading.current_thread() is threading.main_thread():  # signals reach no other thread
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, note)

@@ -587,6 +587,10 @@ def _own(
     name, place = folder.resolve().name, there.get(split, 'train' if there else '.')
     _check_name(name)
     x, y, classes = read_folder(folder/place, size or 224)
+    if not there:
+        both = 'no subfolders train and test, so training and test images are the same'
+        x.note = '; '.join(filter(None, [x.note, both]))
+        warnings.warn(f'{folder}: {both}', stacklevel=3)
     if others:
         beside = f'folders beside the splits are left out: {", ".join(others)}'
         x.note = '; '.join(filter(None, [x.note, beside]))
@@ -627,8 +631,8 @@ def load_task(
             warnings.warn(f'{name!r} is taken for the task of agft; {folder}', stacklevel=2)
         return TASKS[name](n, seed, split)
     if not _is_folder(name):
-        known = [*TASKS, *DATA_SETS]
-        check_known('task', name, known, 'or a folder of your own')
+        known = dict.fromkeys([*TASKS, *DATA_SETS])
+        check_known('task', name, known, f'or a folder of your own (there is no folder {name!r})')
         check(False, f'task {name!r} needs the data folder (option --data) that holds it')
     return _own(Path(name), n, seed, split, prompts, size)
 
@@ -697,7 +701,7 @@ def task_of(
         option = 'train.images' if split == 'train' else 'search.images' if split == 'val' else 'eval.images'
         if 'images asked for' not in str(e):
             raise
-        raise type(e)(f'{e}; --{option} says how many, None: all') from None
+        raise type(e)(f'{e}; set --{option} to a smaller number, or to None for all images') from None
 
 # %% ../nbs/05_data.ipynb #38b14fea
 @lru_cache(maxsize=2)

@@ -97,6 +97,8 @@ def fit(
     "Minimise `loss_fn`; continue from the last checkpoint in `out` if there is one."
     check(lr > 0, f'lr is {lr}; allowed: above 0')
     loop = _Loop(module, Path(out), optim, lr, desc, about or {}, parts, half)
+    if 0 < loop.step < optim.steps and loop.processes.is_main_process:
+        print(f'{desc}: continues at step {loop.step} of {optim.steps}', flush=True)
     shown = Progress(desc, optim.steps, loop.step, 'step')
     with signals_noted() as came, shown, loop.open_log() as log:
         while loop.step < optim.steps:
@@ -182,9 +184,11 @@ class _Loop:
         self.saved = self.step
 
     def _diverged(self, what:str)->NotFinite:
-        return NotFinite(f'{self.desc}: {what} at step {self.step}, learning rate {self.lr}; the last '
-                         f'checkpoint is the one after step {self.saved}; a lower method.lr with '
-                         f'train.start_from {self.out} and another output directory continues from it')
+        told = f'{self.desc}: {what} at step {self.step}, learning rate {self.lr}'
+        if not self.saved:
+            return NotFinite(f'{told}; there is no checkpoint before it; try a lower method.lr')
+        return NotFinite(f'{told}; the last checkpoint is the one after step {self.saved}; a lower method.lr '
+                         f'with train.start_from {self.out} and another output directory continues from it')
 
     def _resume(self)->int: # the step to continue with; 0 where there is no checkpoint
         "Restore weights and optimizer."
@@ -203,7 +207,7 @@ def _update(
     scaler:torch.amp.GradScaler,
     grad_clip:float|None,          # largest norm of the gradient; None: no clipping
 )->dict[str, float]:               # norm of the gradient before and after clipping, for the log
-    "Move the parameters."
+    "Clip the gradient and take one optimizer step."
     scaler.unscale_(optimizer)
     largest = math.inf if grad_clip is None else grad_clip
     norm = nn.utils.clip_grad_norm_(params, largest).item()

@@ -102,8 +102,21 @@ def test_two_writers_of_one_file_do_not_share_a_temporary(tmp_path):
 @pytest.mark.parametrize('text', ['[]', '3', 'null', '{}', '"a"'])
 def test_a_run_json_of_another_kind_is_one_line(tmp_path, text):
     (tmp_path/'run.json').write_text(text)
+    (tmp_path/'state.pt').touch()
     with pytest.raises(AgftError, match='is of another run'), open_run(tmp_path, dict(seed=0)):
         pass
+
+
+def test_a_directory_in_which_nothing_was_computed_is_taken_over(tmp_path):
+    with open_run(tmp_path, dict(seed=0)):
+        pass
+    with open_run(tmp_path, dict(seed=1)) as folder:
+        (folder/'state.pt').touch()
+    assert read_json(tmp_path/'run.json') == dict(seed=1)
+    with pytest.raises(AgftError, match=r'seed \(1 there, 2 now\)'), open_run(tmp_path, dict(seed=2)):
+        pass
+    with pytest.raises(AgftError, match='an output of agft eval|an output of eval'):
+        core.check_same(tmp_path, dict(command='eval'), dict(command='train'))
 
 
 def test_a_deep_json_is_one_line(tmp_path):

@@ -561,7 +561,7 @@ def test_sgd_by_hand(tmp_path):
 
 def test_a_run_that_diverges_says_so(tmp_path):
     net, _ = line()
-    with pytest.raises(NotFinite, match='mine: the loss is nan at step 0, learning rate 0.1; the last'):
+    with pytest.raises(NotFinite, match='mine: the loss is nan at step 0, learning rate 0.1; there is'):
         fit(net, lambda step: (net.weight.sum()*math.nan, {}), tmp_path/'a', OptimConfig(steps=2), .1, 'mine')
     with pytest.raises(NotFinite, match='the gradient is .* at step 0'):
         def kink(step): return (net.weight - 1).abs().sqrt().sum(), {}
