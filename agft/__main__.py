@@ -1,5 +1,3 @@
-import sys
+from agft.cli import run
 
-from agft.cli import main
-
-sys.exit(main())
+run()

@@ -96,6 +96,7 @@ def test_killed_training_resumes_to_the_same_bits(tmp_path):
     assert checkpoint_info(killed/'model.safetensors')['inputs']['teacher'] == original
 
 
+@pytest.mark.slow
 def test_killed_evaluation_writes_the_same_files(tmp_path):
     args = ['eval', 'agft-tiny', '--attacks', 'pgd20,fgsm', '--eps', '1/255,2/255', '--n', '40', '--tasks',
             'source,digits,size']

@@ -59,7 +59,7 @@ def test_wheel_says_what_settings_say(wheel):
     assert len(needed) == len(cfg['requirements'].split())
     for_work = re.findall(r'^Requires-Dist: .*extra == .dev.', meta, re.M)
     assert len(for_work) == len(cfg['dev_requirements'].split())
-    assert 'agft = agft.cli:main' in entry
+    assert 'agft = agft.cli:run' in entry
     assert any(n.endswith('LICENSE') for n in z.namelist())
 
 def test_installed_elsewhere_it_finds_its_files(wheel, tmp_path):
