@@ -587,10 +587,6 @@ def _own(
     name, place = folder.resolve().name, there.get(split, 'train' if there else '.')
     _check_name(name)
     x, y, classes = read_folder(folder/place, size or 224)
-    if not there:
-        both = 'no subfolders train and test, so training and test images are the same'
-        x.note = '; '.join(filter(None, [x.note, both]))
-        warnings.warn(f'{folder}: {both}', stacklevel=3)
     if others:
         beside = f'folders beside the splits are left out: {", ".join(others)}'
         x.note = '; '.join(filter(None, [x.note, beside]))

@@ -102,7 +102,7 @@ def fit(
     shown = Progress(desc, optim.steps, loop.step, 'step')
     with signals_noted() as came, shown, loop.open_log() as log:
         while loop.step < optim.steps:
-            line = loop.take_step(loss_fn, bool(came))
+            line = loop.take_step(loss_fn, came)
             log.write(json.dumps(line) + '\n')
             shown.update(1, f'loss {line["loss"]:.4g}')
             if loop.ends or loop.step % optim.checkpoint_every == 0 or loop.step == optim.steps:
@@ -134,7 +134,7 @@ class _Loop:
 
     def take_step(self,
         loss_fn:Callable,  # as `fit` takes it
-        signalled:bool,    # whether this process is asked to end
+        came:list[int],    # signals that have come, also during the step
     )->dict[str, float]:   # the line for the log
         "One step; a loss, an attack or weights that are not finite end the run."
         began = time.perf_counter()
@@ -143,7 +143,7 @@ class _Loop:
             group['lr'] = rate
         try:
             self.optimizer.zero_grad()
-            numbers = self._backward(loss_fn, signalled)
+            numbers = self._backward(loss_fn, came)
             norms = _update(self.optimizer, self.params, self.scaler, self.optim.grad_clip)
         except NotFinite as e:
             raise self._diverged(str(e)) from None
@@ -153,15 +153,16 @@ class _Loop:
         return line | dict(seconds=time.perf_counter() - began)
 
     def _backward(self,
-        loss_fn:Callable, signalled:bool,
+        loss_fn:Callable, came:list[int],
     )->dict[str, float]:   # loss and numbers of the whole batch, over all parts and processes
         "The gradient of a step."
-        sums = dict(signalled=float(signalled), loss=0.)
+        sums = dict(loss=0.)
         for part in range(self.parts):
             loss, numbers = loss_fn(self.parts*self.step + part)
             self.scaler.scale(loss).backward()
             for name, value in (numbers | dict(loss=loss.item())).items():
                 sums[name] = sums.get(name, 0.) + value
+        sums['signalled'] = float(bool(came))  # all processes end after the same step
         values = torch.tensor([*sums.values()], dtype=torch.float64, device=self.device)
         means:Any = reduce(values, 'mean')  # over the processes
         total = dict(zip(sums, means.tolist(), strict=True))
