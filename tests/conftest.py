@@ -49,3 +49,17 @@ def small_preset(tmp_path):
         file.write_text(json.dumps(data))
         return str(file)
     return write
+
+
+@pytest.fixture
+def architectures(tmp_path, monkeypatch):
+    "Makes architectures known to open_clip, from JSON files, until the test ends."
+    import open_clip
+    def add(configs):
+        for table in ('_MODEL_CONFIGS', '_MODEL_CONFIG_PATHS'):
+            monkeypatch.setattr(open_clip.factory, table, getattr(open_clip.factory, table).copy())
+        (tmp_path/'configs').mkdir()
+        for name, config in configs.items():
+            (tmp_path/'configs'/f'{name}.json').write_text(json.dumps(config))
+        open_clip.add_model_config(tmp_path/'configs')
+    return add

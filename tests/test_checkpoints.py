@@ -1,5 +1,4 @@
 "Files of weights in the layouts of other projects, each made here, and the files that agft writes."
-import json
 import os
 from typing import Any
 
@@ -42,14 +41,9 @@ CONFIGS = {'agft-test': SMALL, 'agft-test-quickgelu': dict(SMALL, quick_gelu=Tru
 
 
 @pytest.fixture(autouse=True)
-def configs(tmp_path, monkeypatch):
+def configs(architectures):
     "Small architectures from JSON files of the user's."
-    for table in ('_MODEL_CONFIGS', '_MODEL_CONFIG_PATHS'):
-        monkeypatch.setattr(open_clip.factory, table, getattr(open_clip.factory, table).copy())
-    (tmp_path/'configs').mkdir()
-    for name, cfg in CONFIGS.items():
-        (tmp_path/'configs'/f'{name}.json').write_text(json.dumps(cfg))
-    open_clip.add_model_config(tmp_path/'configs')
+    architectures(CONFIGS)
 
 
 def make_model(name, seed=0):

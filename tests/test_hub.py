@@ -1,5 +1,4 @@
 "Settings of the pre-training, and models that are shared: a card and a folder that open_clip loads."
-import json
 import os
 from typing import Any
 
@@ -83,13 +82,9 @@ def test_pretrain_records_its_settings_and_continues(tmp_path, capsys):
 
 
 @pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
+def checkpoint(tmp_path, architectures):
     "A small random model, in an architecture from a JSON file, as a checkpoint of a fine-tuning run."
-    for table in ('_MODEL_CONFIGS', '_MODEL_CONFIG_PATHS'):
-        monkeypatch.setattr(open_clip.factory, table, getattr(open_clip.factory, table).copy())
-    (tmp_path/'configs').mkdir()
-    (tmp_path/'configs'/'agft-test.json').write_text(json.dumps(SMALL))
-    open_clip.add_model_config(tmp_path/'configs')
+    architectures({'agft-test': SMALL})
     torch.manual_seed(0)
     model = new_model('agft-test')
     for p in model.parameters():

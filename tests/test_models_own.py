@@ -1,5 +1,4 @@
 "Models of the user's own: torch modules, functions, and models of transformers, beside what they must equal."
-import json
 from typing import Any
 
 import open_clip
@@ -59,13 +58,9 @@ def siglip():
 
 
 @pytest.fixture
-def converted(clip, tmp_path, monkeypatch):
+def converted(clip, tmp_path, architectures):
     "The same weights, renamed for open_clip."
-    for table in ('_MODEL_CONFIGS', '_MODEL_CONFIG_PATHS'):
-        monkeypatch.setattr(open_clip.factory, table, getattr(open_clip.factory, table).copy())
-    (tmp_path/'configs').mkdir()
-    (tmp_path/'configs'/'agft-test.json').write_text(json.dumps(SMALL))
-    open_clip.add_model_config(tmp_path/'configs')
+    architectures({'agft-test': SMALL})
     clip.save_pretrained(tmp_path/'clip')
     return load_model('agft-test', tmp_path/'clip'/'model.safetensors')
 

@@ -9,7 +9,6 @@ import warnings
 import zipfile
 from typing import Any
 
-import open_clip
 import pandas as pd
 import pytest
 import torch
@@ -26,13 +25,9 @@ SMALL = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=8, width=64
 
 
 @pytest.fixture(autouse=True)
-def configs(tmp_path, monkeypatch):
+def configs(architectures):
     "A small architecture from a JSON file of the user's."
-    for table in ('_MODEL_CONFIGS', '_MODEL_CONFIG_PATHS'):
-        monkeypatch.setattr(open_clip.factory, table, getattr(open_clip.factory, table).copy())
-    (tmp_path/'configs').mkdir()
-    (tmp_path/'configs'/'agft-test.json').write_text(json.dumps(SMALL))
-    open_clip.add_model_config(tmp_path/'configs')
+    architectures({'agft-test': SMALL})
 
 
 @pytest.fixture(autouse=True)
