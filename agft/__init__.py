@@ -1,8 +1,8 @@
 """agft makes CLIP robust to adversarial images and keeps its image-text alignment.
 
-It fine-tunes the image encoder on adversarial images towards the calibrated soft predictions of the original model,
-and measures zero-shot accuracy, clean and under attack. The package is exported from the notebooks in `nbs/`, one
-chapter a module. Importing it imports nothing large: a public name is looked up when it is first used.
+It fine-tunes the image encoder on adversarial images towards the calibrated soft predictions of the original
+model, and measures zero-shot accuracy, clean and under attack. The package is exported from the notebooks in
+`nbs/`, one chapter a module. Importing it imports nothing large: public names are imported at first use.
 """
 # ruff: noqa: F401
 __version__ = "0.0.1"
@@ -14,7 +14,8 @@ _PUBLIC = dict(  # public name -> chapter
     load_model='weights', save_model='weights', load_weights='weights',
     from_modules='model', from_transformers='model', ZeroShotCLIP='model',
     Task='data', load_task='data', load_tasks='data', finetune='api', evaluate='api', audit='api',
-    pgd='attack', apgd='attack', apgd_targeted='attack', cw='attack', threat='threats', register_attack='threats',
+    pgd='attack', apgd='attack', apgd_targeted='attack', cw='attack',
+    threat='threats', register_attack='threats',
     method='methods', register_method='methods', load_preset='config', override='config', Results='results',
     AgftError='core')
 __all__ = list(_PUBLIC)

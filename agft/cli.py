@@ -35,7 +35,16 @@ from agft.config import (
     presets,
     validate,
 )
-from .core import AgftError, check, check_known, ended_by, keep_freed_memory, on_cluster, one_line
+from agft.core import (
+    AgftError,
+    check,
+    check_known,
+    ended_by,
+    keep_freed_memory,
+    launched,
+    on_cluster,
+    one_line,
+)
 
 # %% ../nbs/26_cli.ipynb #632f5645
 _Unnamed = arg(name='') # the fields of a configuration are options without a prefix
@@ -326,10 +335,10 @@ def _usage()->str:
 
 def _check_launch(command:str):
     "Several processes that were started together can train and evaluate; the first of them prints."
-    several = os.environ.get('WORLD_SIZE', '1') != '1'
-    check(not several or command in ('train', 'eval'), f'agft {command} runs in one process; allowed with '
+    rank, count = launched()
+    check(count == 1 or command in ('train', 'eval'), f'agft {command} runs in one process; allowed with '
           'torchrun or accelerate: train, eval')
-    if os.environ.get('RANK', '0') != '0':
+    if rank > 0:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 (until the process ends)
 
 def _is_memory(error:Exception)->bool:

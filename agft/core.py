@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 # %% auto #0
-__all__ = ['import_torchvision', 'AgftError', 'NotFinite', 'check', 'check_known', 'one_line', 'raises', 'seeded', 'processes',
-           'pick_device', 'whole_file', 'write_text', 'write_json', 'read_json', 'check_run_dir', 'check_same',
-           'locked', 'file_digests', 'open_run', 'cached_json', 'package_file', 'asset', 'Progress', 'progress',
-           'keep_freed_memory', 'on_cluster', 'parallel_map', 'signals_noted', 'ended_by']
+__all__ = ['import_torchvision', 'AgftError', 'NotFinite', 'check', 'check_known', 'one_line', 'raises', 'seeded', 'launched',
+           'processes', 'pick_device', 'whole_file', 'write_text', 'write_json', 'read_json', 'check_run_dir',
+           'check_same', 'locked', 'file_digests', 'open_run', 'cached_json', 'package_file', 'asset', 'Progress',
+           'progress', 'keep_freed_memory', 'on_cluster', 'parallel_map', 'signals_noted', 'ended_by']
 
 # %% ../nbs/00_core.ipynb #a0113593
 _declared = []  # keeps the operators alive: a library that is garbage-collected takes its operators with it
@@ -123,6 +123,10 @@ def seeded(
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big'))
 
 # %% ../nbs/00_core.ipynb #9d0f77c2
+def launched()->tuple[int, int]: # rank of this process, and how many there are
+    "What torchrun or accelerate says of this process, without an import of torch."
+    return int(os.environ.get('RANK', '0')), int(os.environ.get('WORLD_SIZE', '1'))
+
 def processes()->PartialState: # process_index, num_processes, is_main_process, wait_for_everyone()
     "The processes that torchrun or accelerate started together; one process where there is no launcher."
     import torch
@@ -141,7 +145,7 @@ def pick_device(
     present += [f'cuda:{i}' for i in range(torch.cuda.device_count())]
     allowed = ['auto', *present]
     check(name in allowed, f"device {name!r} is not available; allowed here: {', '.join(allowed)}")
-    if name == 'auto' and os.environ.get('WORLD_SIZE', '1') != '1':
+    if name == 'auto' and launched()[1] > 1:
         return torch.device(str(processes().device))  # each process has its own
     if name == 'auto':
         name = 'cuda' if 'cuda' in present else 'cpu'
@@ -340,13 +344,9 @@ def asset(
     return package_file('assets', name)
 
 # %% ../nbs/00_core.ipynb #d0ae162f
-def _is_quiet()->bool:
-    "Whether this is one of several processes that were started together, and not the first."
-    return os.environ.get('RANK', '0') != '0'
-
 def _is_interactive()->bool:
     "Whether bars can be drawn: in a terminal or in JupyterLab, but not by one of several worker processes."
-    if 'AGFT_WORKER' in os.environ or _is_quiet():
+    if 'AGFT_WORKER' in os.environ or launched()[0] > 0:
         return False
     return sys.stderr.isatty() or 'ipykernel' in sys.modules
 
@@ -387,7 +387,7 @@ class Progress:
         "One line; nothing where the error stream is a text in memory."
         from tqdm.auto import tqdm
         self.written = time.monotonic()
-        if isinstance(sys.stderr, io.StringIO) or _is_quiet():
+        if isinstance(sys.stderr, io.StringIO) or launched()[0] > 0:
             return
         seconds = self.written - self.began
         line = tqdm.format_meter(self.done, self.total or 0, seconds, 90, self.desc, False, self.unit,

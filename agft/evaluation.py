@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from .model import ZeroShotCLIP, fingerprint
 from .threats import Threat
 
 # %% auto #0
-__all__ = ['FLAGS', 'PROTOCOL', 'Flags', 'write_flags', 'read_flags', 'evaluate_task', 'evaluate_tasks', 'worst_case_flags',
-           'evaluate_threats']
+__all__ = ['FLAGS', 'PROTOCOL', 'Flags', 'write_flags', 'read_flags', 'Digests', 'evaluate_task', 'evaluate_tasks',
+           'worst_case_flags', 'evaluate_threats']
 
 # %% ../nbs/13_evaluation.ipynb #36c8db1c
 @dataclass(frozen=True, eq=False)
@@ -68,9 +69,22 @@ def read_flags(
 # %% ../nbs/13_evaluation.ipynb #97ca2a65
 PROTOCOL = 1  # the version of this chapter's numbers: it is raised when the same inputs give other flags
 
+class Digests(NamedTuple):
+    "What a model and tasks are recognised by; computed once for all threats."
+    model:dict[str, Any]     # fingerprint of the weights, and how images are brought to the encoder
+    tasks:dict[str, str]     # of each task, by its name
+
+    @classmethod
+    def of(cls, model:ZeroShotCLIP, tasks:Sequence[Task])->Digests:
+        "The digests of a model and of tasks with different names."
+        check_distinct(tasks)
+        inputs = dict(model=fingerprint(model), resize=model.resize, size=list(model.size),
+                      precision=model.precision, mean=model.mean.flatten().tolist(),
+                      std=model.std.flatten().tolist())
+        return cls(inputs, {task.name: task.digest() for task in tasks})
+
 def _about(
-    model:ZeroShotCLIP,
-    digest:str|None,          # fingerprint of the model; None: it is computed
+    digests:Digests,
     task:Task,
     threat:Threat,
     seed:int,
@@ -79,9 +93,7 @@ def _about(
 )->dict:
     "Everything that the flags of a task depend on."
     some = 'all' if among is None else hashlib.sha256(np.packbits(among).tobytes()).hexdigest()
-    inputs = dict(resize=model.resize, size=list(model.size), precision=model.precision,
-                  mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
-    return dict(protocol=PROTOCOL, model=digest or fingerprint(model), **inputs, task=task.digest(),
+    return dict(protocol=PROTOCOL, **digests.model, task=digests.tasks[task.name],
                 threat=threat.describe([task.resolution]), seed=seed, batch_size=batch_size, among=some)
 
 def _evaluate_batch(
@@ -116,13 +128,14 @@ def evaluate_task(
     among:np.ndarray|None=None,   # (N,) bool: images that are still robust in a smaller ball; None: all
     parts:Path|None=None,         # folder for finished batches; None: they are not written
     on_batch:Callable|None=None,  # called after each batch with its number of images
-    digest:str|None=None,         # fingerprint of the model, which stands in these files; None: computed
+    about:dict|None=None,         # what the finished batches depend on; None: it is computed
 )->Flags:
     "Flags of a task under a threat; the attack is against the true label."
     labels, chance = task.require_labels(), np.array(1/len(task.classes))
     head = model.head(task.classes, task.templates)
     attackable = torch.ones(len(task), dtype=torch.bool) if among is None else torch.from_numpy(among)
-    about = _about(model, digest, task, threat, seed, batch_size, among) if parts else {}
+    if parts and about is None:
+        about = _about(Digests.of(model, [task]), task, threat, seed, batch_size, among)
     def logits_fn(x): return model.logits(x, head)
     def measure(i:int, rows:Tensor)->Flags:
         part = parts/f'{i:05}.npz' if parts else None
@@ -137,7 +150,7 @@ def evaluate_task(
         clean, robust, no_gradient, distance = measured
         flags = Flags(clean, robust, no_gradient, distance, labels[rows].numpy(), chance)
         if part:
-            write_flags(part, flags, about)
+            write_flags(part, flags, about or {})
         return flags
     return _joined(measure, torch.arange(len(task)).split(batch_size), parts, on_batch)
 
@@ -174,21 +187,21 @@ def evaluate_tasks(
     desc:str='evaluate',     # label of the progress bar
     among:Mapping[str, Flags]|None=None, # task name -> flags in a smaller ball; None: all images are attacked
     batch_size:int=128,      # images attacked at a time
-    digest:str|None=None,    # fingerprint of the model; None: it is computed
+    digests:Digests|None=None, # of the model and the tasks; None: they are computed
 )->dict[str, Flags]:         # task name -> flags
     "Evaluate one task after another; tasks and batches that are finished are not evaluated again."
-    folder, flags, digest, group = Path(folder), {}, digest or fingerprint(model), processes()
-    check_distinct(tasks)
+    folder, flags, group = Path(folder), {}, processes()
+    digests = digests or Digests.of(model, tasks)
     with Progress(desc, sum(map(len, tasks)), unit='image') as progress:
         for task in tasks:
             path, parts = folder/f'{task.name}.npz', folder/f'.{task.name}'
             robust = among[task.name].robust if among else None
-            about = _about(model, digest, task, threat, seed, batch_size, robust)
+            about = _about(digests, task, threat, seed, batch_size, robust)
             if path.exists():
                 progress.update(len(task))
             else:
                 found = evaluate_task(model, task, threat, seed, batch_size, robust, parts, progress.update,
-                                      digest)
+                                      about)
                 if group.is_main_process:
                     write_flags(path, found, about)
             group.wait_for_everyone()
@@ -236,12 +249,12 @@ def evaluate_threats(
     labels = [t.label for t in threats]
     once = len({*labels}) == len(labels)
     check(labels and once, f'threats are {", ".join(labels) or "none"}; allowed: one or more, each once')
-    found, digest = {label: {} for label in labels}, fingerprint(model)
+    found, digests = {label: {} for label in labels}, Digests.of(model, tasks)
     smaller = {}  # flags at the largest radius so far, for each attack and norm
     for t in sorted(threats, key=lambda t: t.eps):
         among = smaller.get((t.name, t.norm))
         found[t.label] = evaluate_tasks(model, tasks, Path(folder)/t.key, t, seed, t.label, among, batch_size,
-                                        digest)
+                                        digests)
         smaller[t.name, t.norm] = found[t.label]
     _add_worst_cases(found, threats)
     return found

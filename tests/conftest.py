@@ -5,7 +5,7 @@ import pytest
 from agft.config import as_dict, load_preset
 from agft.core import import_torchvision
 from agft.data import archives_dir
-from agft.methods import METHODS
+from agft.methods import METHODS, Method
 from agft.threats import THREATS
 
 import_torchvision()  # the test modules import open_clip, which imports torchvision
@@ -63,3 +63,19 @@ def architectures(tmp_path, monkeypatch):
             (tmp_path/'configs'/f'{name}.json').write_text(json.dumps(config))
         open_clip.add_model_config(tmp_path/'configs')
     return add
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    "Calls a training that is interrupted in one of its losses, counted from 1."
+    def call(at, training):
+        loss, calls = Method.loss, []
+        def dies(self, *args):
+            calls.append(0)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return loss(self, *args)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Method, 'loss', dies)
+            training()
+    return call

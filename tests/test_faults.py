@@ -22,7 +22,6 @@ import pytest
 from agft.config import load_preset, override
 from agft.core import AgftError
 from agft.data import load_task
-from agft.methods import Method
 from agft.model import fingerprint
 from agft.threats import threat
 from agft.train import finetune
@@ -164,20 +163,13 @@ def flip(file, draw):
     file.write_bytes(held)
 
 
-def test_damaged_files_of_a_training(tmp_path, monkeypatch):
+def test_damaged_files_of_a_training(tmp_path, interrupted):
     config = override(load_preset('tiny').finetune('AGFT'), **{
         'train.images': 16, 'train.batch_size': 8, 'train.steps': 4, 'train.checkpoint_every': 1})
     model, task = load_model('agft-tiny'), load_task('texture', n=16, split='train')
     def run(out): return fingerprint(finetune(config, out, 'cpu', model, task))
-    expected, loss, calls = run(tmp_path/'whole'), Method.loss, []
-    def dies(self, *args):
-        calls.append(0)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return loss(self, *args)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Method, 'loss', dies)
-        run(tmp_path/'cut')
+    expected = run(tmp_path/'whole')
+    interrupted(3, lambda: run(tmp_path/'cut'))
     draw, refused = random.Random(0), 0
     places = [(tmp_path/'cut', name) for name in ('state.pt', 'teacher.pt', 'run.json', 'log.jsonl')]
     places.append((tmp_path/'whole', 'model.safetensors'))

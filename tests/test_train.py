@@ -445,19 +445,10 @@ def test_run_json_equals_the_config(tuned, tmp_path, model, task):
 
 # -- the run as a whole
 
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, model, task, monkeypatch):
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, model, task, interrupted):
     asked = config('AGFT', train__steps=5, train__checkpoint_every=2)
     whole = finetune(asked, tmp_path/'whole', 'cpu', model, task)
-    loss = Method.loss
-    calls = []
-    def dies(self, *args):
-        calls.append(0)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return loss(self, *args)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Method, 'loss', dies)
-        finetune(asked, tmp_path/'killed', 'cpu', model, task)
+    interrupted(4, lambda: finetune(asked, tmp_path/'killed', 'cpu', model, task))
     assert len(read_log(tmp_path/'killed')) == 3 and (tmp_path/'killed'/'teacher.pt').exists()
     again = finetune(asked, tmp_path/'killed', 'cpu', model, task)
     assert fingerprint(again) == fingerprint(whole)
