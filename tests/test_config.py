@@ -41,7 +41,7 @@ MISTAKES = [  # preset, the path that the line must name, and what it must say
     ({'train': {'betas': [.9]}}, 'train.betas', 'missing'),
     ({'train': {'weight_decay': -.1}}, 'train.weight_decay', 'greater than or equal to 0'),
     ({'train': {'grad_clip': 0}}, 'train.grad_clip', 'greater than 0'),
-    ({'train': {'precision': 'fp8'}}, 'train.precision', "'fp32' or 'bf16'"),
+    ({'train': {'precision': 'fp8'}}, 'train.precision', "'fp32', 'tf32', 'bf16' or 'fp16'"),
     ({'train': []}, 'train', 'group of settings'),
     ({'attack': {'eps': '4/0'}}, 'attack.eps', '4/255'),
     ({'attack': {'eps': -.1}}, 'attack.eps', 'greater than or equal to 0'),
