@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import AgftError, NotFinite, check, check_known, one_line
+from .core import AgftError, NotFinite, check, check_known, one_line, values_trusted
 
 # %% ../nbs/08_attack.ipynb #5b35c404
 def check_target(
@@ -31,10 +31,17 @@ def check_target(
         width = target.shape[-1]
         check(width == classes, f'target has probabilities of {width} classes and the model {classes}; '
               'they must be equal')
-    elif target.numel():
+    elif target.numel() and not values_trusted():
         low, high = target.min().item(), target.max().item()
         check(low >= 0 and high < classes, f'labels range over [{low}, {high}] and the model has {classes} '
               f'classes; allowed: 0 to {classes - 1}')
+
+def _one_hot(
+    label:Tensor,   # (B,)
+    logits:Tensor,  # (B,C), for shape, precision and device
+)->Tensor:          # (B,C)
+    "Distributions with all weight on the labels; F.one_hot would read the labels."
+    return torch.zeros_like(logits).scatter_(1, label[:, None], 1)
 
 def cross_entropy(
     logits:Tensor,  # (B,C) float64
@@ -42,8 +49,7 @@ def cross_entropy(
 )->tuple[Tensor, Tensor]: # loss (B,), nats, and its gradient at the logits (B,C)
     "Cross-entropy, exact also where the probability of the true class rounds to 1."
     check_target(target, logits.shape[1])
-    t = target if target.ndim == 2 else F.one_hot(target, logits.shape[1])
-    t = t.to(logits)
+    t = target.to(logits) if target.ndim == 2 else _one_hot(target, logits)
     grad = logits.softmax(1) - t
     grad.scatter_add_(1, t.argmax(1, keepdim=True), -grad.sum(1, keepdim=True))  # rows sum to zero
     if target.ndim == 2:
@@ -64,7 +70,7 @@ def check_logits(
 ):
     "Raise `NotFinite` if any logit is NaN or infinite, with the number of the first such image."
     bad = ~logits.isfinite().all(1)
-    if not bad.any():
+    if values_trusted() or not bad.any():
         return
     first = bad.nonzero()[0, 0].item() if row is None else row[bad][0].item()
     share = f'{int(bad.sum())} of {len(bad)} in the batch'
@@ -98,7 +104,7 @@ def input_gradient(
     target:Tensor,                 # what `loss` takes, one row an image
     loss:Callable=cross_entropy,   # (logits, target) -> value (B,), gradient at the logits (B,C)
     row:Tensor|None=None,          # (B,) numbers of the images, for messages
-    trace:list|None=None,          # a dict is appended: `loss` (mean), `zero_grad` (share), `images`
+    trace:list|None=None,          # a dict is appended: `loss` (mean), `zero_grad` (share), `images` (number)
 )->tuple[Tensor, Tensor, Tensor]:  # loss (B,), its direction at the pixels (B,3,H,W), logits (B,C)
     "Direction in which the loss of each image grows fastest; it cannot underflow at the logits."
     x = x.detach().requires_grad_()
@@ -114,8 +120,10 @@ def input_gradient(
         raise AgftError('the logits have no gradient at the images; allowed: a model that computes them from '
                         'the images with autograd, without torch.no_grad, detach or NumPy')
     if trace is not None:
-        zero = zero_grad(grad).double().mean().item()
-        trace.append(dict(loss=value.mean().item(), zero_grad=zero, images=len(x)))
+        numbers = dict(loss=value.mean(), zero_grad=zero_grad(grad).double().mean())
+        if not values_trusted():
+            numbers = {name: number.item() for name, number in numbers.items()}
+        trace.append(dict(numbers, images=len(x)))
     return value, grad, logits.detach()
 
 # %% ../nbs/08_attack.ipynb #8e2d76ce
@@ -193,7 +201,8 @@ def check_images(
     check(x.ndim == 4, f'images have shape {tuple(x.shape)}; allowed: (B,3,H,W)')
     dtypes = 'floating point in [0,1] (divide uint8 by 255)'
     check(x.dtype in _PRECISIONS, f'images have dtype {x.dtype}; allowed: {dtypes}')
-    if x.numel():
+    values = not values_trusted()
+    if values and x.numel():
         low, high = x.min().item(), x.max().item()
         check(low >= 0 and high <= 1, f'images range over [{low:.3g}, {high:.3g}]; allowed: [0, 1]')
     shape, floating = tuple(target.shape), target.is_floating_point()
@@ -203,10 +212,10 @@ def check_images(
     kinds = 'int64 labels (B,) or pairs (B,2), or float probabilities (B,C)'
     valid = whole or (target.ndim == 2 and floating)
     check(valid, f'target of shape {shape} has dtype {target.dtype}; allowed: {kinds}')
-    if whole and target.numel():
+    if values and whole and target.numel():
         check(target.min() >= 0, f'the smallest label is {target.min().item()}; allowed: 0 to the number of '
               'classes less one')
-    if floating and len(target):
+    if values and floating and len(target):
         off = (target.double().sum(1) - 1).abs().max().item()
         sums = f'{1 + off:.3g} or {1 - off:.3g}'
         check(off < 1e-2, f'a row of target sums to {sums}; allowed: probabilities that sum to 1')
@@ -292,8 +301,9 @@ class _PerImage:
 
 @dataclass
 class _State(_PerImage):
-    "The images that a search still attacks."
-    row:Tensor         # (B,) int64, their numbers in the batch
+    "The images that a search still attacks. An image with several targets has several rows."
+    row:Tensor         # (B,) int64, numbers of the rows in the batch
+    image:Tensor       # (B,) int64, number of the image; rows of one image leave together
     x:Tensor           # (B,3,H,W), clean pixels
     target:Tensor      # as the loss takes it
     x_adv:Tensor       # (B,3,H,W), the present point
@@ -305,11 +315,16 @@ class _State(_PerImage):
     dtype:torch.dtype  # of the images that the model takes
 
     @classmethod
-    def begin(cls, x:Tensor, target:Tensor, x_adv:Tensor, dtype:torch.dtype)->'_State':
+    def begin(cls,
+        x:Tensor, target:Tensor, x_adv:Tensor, # as the fields
+        dtype:torch.dtype,
+        image:Tensor|None=None,                # as the field; None: each row is an image of its own
+    )->'_State':
         "All images at the start point, where nothing is computed yet."
         row = torch.arange(len(x), device=x.device)
+        image = row if image is None else image
         value, grad = torch.full_like(row, -torch.inf, dtype=torch.float64), torch.zeros_like(x)
-        return cls(row, x, target, x_adv, value, grad, x_adv, value, grad, dtype)
+        return cls(row, image, x, target, x_adv, value, grad, x_adv, value, grad, dtype)
 
     def visit(self, value:Tensor, grad:Tensor):
         "Store loss and gradient of the present point, and compare it with the best one."
@@ -353,18 +368,19 @@ def _search(
     steps:int,                 # moves; the loss is computed at every point, the last one too
     trace:list|None=None,      # as in `input_gradient`
     early_stop:bool=True,      # a misclassified image leaves the batch
-)->Tensor:                     # (B,3,H,W), the first misclassified point of each image, else its best one
-    "Ascend the loss of all images at once."
-    found = state.seen(state.x_adv).clone()
+)->Tensor:                     # (B,3,H,W), the first misclassified point of each row, else its best one
+    "Ascend the loss of all rows at once. A row that leaves because of another row of its image is -1."
+    found = torch.full_like(state.x, -1, dtype=state.dtype)
     for step in range(steps + 1):
         x_adv = state.seen(state.x_adv)
-        value, grad, logits = input_gradient(logits_fn, x_adv, state.target, loss, state.row, trace)
+        value, grad, logits = input_gradient(logits_fn, x_adv, state.target, loss, state.image, trace)
         state.visit(value, grad)
-        if early_stop:
-            gone = logits.argmax(1) != hard_labels(state.target)
+        gone = logits.argmax(1) != hard_labels(state.target)
+        if early_stop and gone.any():
             found[state.row[gone]] = x_adv[gone]
-            state.keep(~gone)
-            moves.keep(~gone)
+            left = ~torch.isin(state.image, state.image[gone])
+            state.keep(left)
+            moves.keep(left)
         if step == steps or not len(state.row):
             break
         state.x_adv = moves.next_point(state, step)
@@ -613,24 +629,48 @@ def worst_case(
         left = left[~misclassified(logits_fn, x_adv[left], y[left])]
     return x_adv
 
+# %% ../nbs/08_attack.ipynb #9a6b2b5a
+def _runner_up_pairs(
+    logits:Tensor,          # (B,C) on the clean images
+    y:Tensor,               # labels (B,)
+    targets:int,            # runners-up of each image, at most C-1
+)->tuple[Tensor, Tensor]:   # numbers of images (P,), pairs (P,2) of label and target class
+    "Pair each correct image with its runners-up: the first of every image, then the second, and so on."
+    ranked = _other_logits(logits, y, -torch.inf).topk(min(targets, logits.shape[1] - 1)).indices
+    correct = (logits.argmax(1) == y).nonzero()[:, 0]
+    image = correct.repeat(ranked.shape[1])
+    return image, torch.stack([y[image], ranked[correct].T.flatten()], 1)
+
 def apgd_targeted(
     logits_fn:Callable,              # pixels (B,3,H,W) in [0,1] -> logits (B,C)
     x:Tensor,                        # clean pixels (B,3,H,W)
     y:Tensor,                        # labels (B,)
     eps:float=1/255,                 # radius, pixel units at the resolution of `x`
-    steps:int=100,                   # moves of each run
-    start:torch.Generator|None=None, # draws the start of every run; None starts at `x`
+    steps:int=100,                   # moves towards each target
+    start:torch.Generator|None=None, # draws the start of every search; None starts at `x`
     norm:str='Linf',                 # key of `NORMS`
     targets:int=9,                   # runners-up that are tried, at most C-1
 )->Tensor:                           # adversarial pixels (B,3,H,W)
     "APGD-T: Auto-PGD on the targeted DLR loss towards each of the runners-up (Croce and Hein, 2020)."
     check(targets >= 1, f'targets is {targets}; allowed: 1 or more')
     check_images(x, y)
+    ball = check_budget(eps, steps, norm)
     with torch.no_grad():
-        classes = logits_of(logits_fn, x[:1]).shape[1]
-    def attack(k:int, x:Tensor, y:Tensor)->Tensor:
-        with torch.no_grad():
-            pair = runner_up(logits_of(logits_fn, x), y, k)
-        return apgd(logits_fn, x, pair, eps, steps, start, norm, targeted_dlr)
-    tried = min(targets, classes - 1)
-    return worst_case(logits_fn, x, y, [partial(attack, k + 1) for k in range(tried)])
+        logits = logits_of(logits_fn, x)
+    check_logits(logits)
+    image, pair = _runner_up_pairs(logits, y, targets)
+    x_adv = x.clone()
+    while len(image):
+        now = image[:len(x)]
+        clean = in_single(x[now])
+        state = _State.begin(clean, pair[:len(x)], random_start(clean, eps, ball, start), x.dtype, now)
+        points = _search(logits_fn, state, targeted_dlr, _AutoStep(ball, eps, steps, state), steps)
+        done = (points != -1).flatten(1).any(1)
+        now, points = now[done], points[done]
+        hit = misclassified(logits_fn, points, y[now])
+        for i in hit.int().argsort(stable=True).tolist():  # points that are misclassified are written last
+            x_adv[now[i]] = points[i]
+        left = ~torch.isin(image, now[hit])
+        left[:len(done)] &= ~done
+        image, pair = image[left], pair[left]
+    return x_adv

@@ -7,8 +7,8 @@ __all__ = ['Radius', 'Radii', 'Names', 'Numbers', 'Positive', 'NonNegative', 'Sh
            'METHOD_NAMES', 'ADAPTER_NAMES', 'ATTACK_NAMES', 'parse_radius', 'format_radius', 'ModelConfig',
            'DataConfig', 'AttackConfig', 'OptimConfig', 'TrainConfig', 'MethodConfig', 'EvalConfig', 'FinetuneConfig',
            'EvaluateConfig', 'AuditConfig', 'SearchConfig', 'AblationConfig', 'WeightsConfig', 'CalibrationConfig',
-           'BenchConfig', 'StageConfig', 'PretrainConfig', 'LrSource', 'Recipe', 'build', 'as_dict', 'validate',
-           'check_names', 'override', 'flatten', 'presets', 'deep_merge', 'load_preset']
+           'BenchConfig', 'StageConfig', 'PretrainConfig', 'LrSource', 'Recipe', 'build', 'as_dict', 'recorded',
+           'validate', 'check_names', 'override', 'flatten', 'presets', 'deep_merge', 'load_preset']
 
 # %% ../nbs/01_config.ipynb #fbefe7d9
 import json
@@ -109,7 +109,7 @@ def _check_radii(norm:str, *radii:float):
 @_settings
 class AttackConfig:
     "The attack inside training (AGFT Eq. 2)."
-    name:str = 'pgd'                 # pgd, or an attack of your own that takes a loss
+    name:str = 'pgd'                 # pgd, apgd, or an attack of your own that takes a loss
     norm:Norm = 'Linf'               # norm of the ball
     eps:Radius = 1/255               # radius, pixel units at the task's resolution
     alpha:Radius|None = None         # step length, pixel units; None: eps
@@ -134,6 +134,7 @@ class OptimConfig:
     warmup:_Decay = 0.               # share of the steps in which the rate rises linearly
     grad_clip:Positive|None = None   # largest norm of the gradient; None: no clipping
     checkpoint_every:Count = 100     # steps between checkpoints
+    keep_checkpoints:Count = 1       # how many checkpoints are kept: the last ones
 
 @_settings
 class TrainConfig(OptimConfig):
@@ -145,6 +146,11 @@ class TrainConfig(OptimConfig):
     checkpoint_activations:bool = False # compute them again in the backward pass, to save memory
     compile:bool = False             # compile the image encoder with torch.compile
     start_from:str|None = None       # go on from the last checkpoint of this run, which has another rate
+    augment:bool = False             # shift and mirror the images at random, anew in each step
+    workers:Annotated[int, Field(ge=0)] = 0 # processes that read and decode images ahead; 0: a thread does
+    validate_every:Count|None = None # steps between validations on the source task; None: no validation
+    validate_images:Count = 256      # validation images
+    trackers:Names = ()              # who else gets the log: tensorboard, wandb
     adapter:str = 'encoder'          # what learns: encoder (all weights), pixel-prompt, token-prompt, lora
 
 # %% ../nbs/01_config.ipynb #6f3b4f8e
@@ -390,6 +396,18 @@ def _shown(value, kind:Any=None)->Any:
         return [format_radius(eps) for eps in value]
     return value
 
+_NO_RESULT = dict(data=('root',), train=('keep_checkpoints', 'workers', 'trackers')) # settings by group
+
+def recorded(
+    config, # of this chapter
+)->dict:
+    "A configuration as JSON-like data, without the settings that change no result."
+    data = as_dict(config)
+    for group, names in _NO_RESULT.items():
+        for name in names:
+            data.get(group, {}).pop(name, None)
+    return data
+
 def validate(
     config:T, # of this chapter
 )->T:
@@ -442,7 +460,7 @@ def override(
     return build(type(config), data)
 
 def flatten(
-    config, # of this chapter
+    config, # of this chapter, or what `as_dict` and `recorded` return
 )->dict[str, Any]: # 'train.steps' -> 100
     "The values of all fields by their path."
     def walk(value, path:str)->Iterator[tuple[str, Any]]:
@@ -451,7 +469,7 @@ def flatten(
             return
         for key, item in value.items():
             yield from walk(item, f'{path}.{key}' if path else key)
-    return dict(walk(as_dict(config), ''))
+    return dict(walk(config if isinstance(config, dict) else as_dict(config), ''))
 
 # %% ../nbs/01_config.ipynb #2ffb03c2
 def presets()->list[str]:

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 # %% auto #0
-__all__ = ['import_torchvision', 'AgftError', 'NotFinite', 'check', 'check_known', 'one_line', 'raises', 'seeded', 'launched',
-           'processes', 'pick_device', 'whole_file', 'write_text', 'write_json', 'read_json', 'check_run_dir',
-           'check_same', 'locked', 'file_digests', 'open_run', 'cached_json', 'package_file', 'asset', 'Progress',
-           'progress', 'keep_freed_memory', 'on_cluster', 'parallel_map', 'signals_noted', 'ended_by']
+__all__ = ['import_torchvision', 'AgftError', 'NotFinite', 'check', 'check_known', 'values_trusted', 'trusted', 'one_line',
+           'raises', 'seeded', 'launched', 'processes', 'pick_device', 'whole_file', 'write_text', 'write_json',
+           'read_json', 'check_run_dir', 'check_same', 'locked', 'file_digests', 'open_run', 'cached_json',
+           'package_file', 'asset', 'Progress', 'progress', 'keep_freed_memory', 'end_with', 'on_cluster',
+           'parallel_map', 'signals_noted', 'ended_by']
 
 # %% ../nbs/00_core.ipynb #a0113593
 _declared = []  # keeps the operators alive: a library that is garbage-collected takes its operators with it
@@ -87,6 +88,21 @@ def check_known(
     also = f', {more}' if more else ''
     check(name in known, f'unknown {what} {name!r}{hint}; allowed: {", ".join(known) or "none"}{also}')
 
+_trusted:ContextVar[bool] = ContextVar('trusted', default=False)
+
+def values_trusted()->bool:
+    "Whether the values of tensors were checked before."
+    return _trusted.get()
+
+@contextlib.contextmanager
+def trusted()->Iterator[None]:
+    "Within the block, types and shapes are checked but no values: reading one makes a GPU wait."
+    token = _trusted.set(True)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
 def one_line(
     error:object, # an exception, or a text
 )->str:
@@ -113,14 +129,15 @@ def raises(
 # %% ../nbs/00_core.ipynb #061d0365
 def seeded(
     *keys:int|str, # what the draw is for, e.g. seeded(seed, 'start', step)
-)->torch.Generator: # a new CPU generator, the same one for the same keys
+    device:str|torch.device='cpu', # on which it draws; a GPU draws other numbers than a CPU
+)->torch.Generator: # a new generator, the same one for the same keys
     "A random generator that is a pure function of its keys."
     import torch
     valid = all(isinstance(key, (Integral, str)) for key in keys)
     check(valid, f'seeded takes whole numbers and strings, not {keys!r}')
     text = json.dumps([key if isinstance(key, str) else int(key) for key in keys])
     digest = hashlib.sha256(text.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big'))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], 'big'))
 
 # %% ../nbs/00_core.ipynb #9d0f77c2
 def launched()->tuple[int, int]: # rank of this process, and how many there are
@@ -357,7 +374,7 @@ class Progress:
         total:int|None=None, # how many items; None: not known
         initial:int=0,       # of them done before
         unit:str='it',       # what an item is
-        every:float=15,      # seconds between two lines
+        every:float=60,      # seconds between two lines
     ):
         from tqdm.auto import tqdm
         self.desc, self.total, self.unit, self.every = desc, total, unit, every
@@ -415,7 +432,7 @@ def keep_freed_memory():
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_max, 0)
 
-def _end_with(
+def end_with(
     parent:int,   # number of a process
 ):
     "End this process within a second after its parent has ended."
@@ -430,7 +447,7 @@ def _run_job(f:Callable, number:int, job:tuple, parent:int|None)->tuple[int, Any
     if 'AGFT_WORKER' not in os.environ:
         os.environ['AGFT_WORKER'] = '1'
         if parent is not None:
-            _end_with(parent)
+            end_with(parent)
         keep_freed_memory()
     return number, f(*job)
 
@@ -459,7 +476,7 @@ def on_cluster(
     finally:
         _scheduler.reset(token)
 
-def _parallel(jobs:int, device:str|torch.device)->Any:
+def _parallel(jobs:int, device:str|torch.device, workers:int|None)->Any:
     "A joblib pool in processes of one thread each, or the workers of a cluster; None: one call at a time."
     import torch
     from joblib import Parallel, parallel_config
@@ -467,21 +484,22 @@ def _parallel(jobs:int, device:str|torch.device)->Any:
         with parallel_config('dask'):
             return Parallel(-1, return_as='generator_unordered')
     cores = torch.get_num_threads() if pick_device(device).type == 'cpu' else 1
-    if cores == 1:
+    at_once = workers or cores + jobs%cores  # the jobs left over run beside the others
+    if at_once == 1 or (cores == 1 and workers is None):
         return None
-    workers = cores + jobs%cores  # the jobs left over run beside the others
     with parallel_config('loky', inner_max_num_threads=1):
-        return Parallel(workers, return_as='generator_unordered')
+        return Parallel(at_once, return_as='generator_unordered')
 
 def parallel_map(
     f:Callable,
     jobs:Sequence[tuple],      # the arguments of each call
     device:str|torch.device,   # a CPU runs as many calls at once as torch has threads; a GPU one by one
     desc:str='jobs',           # what they are, for the progress
+    workers:int|None=None,     # calls at once on a CPU; None: as said above
 )->list:                       # what `f` returned, in the order of `jobs`
     "Call `f` with each job's arguments, on a CPU in processes of one thread each, or on a cluster."
     from joblib import delayed
-    pool, found = _parallel(len(jobs), device), [None]*len(jobs)
+    pool, found = _parallel(len(jobs), device, workers), [None]*len(jobs)
     if pool is None:
         return [f(*job) for job in progress(jobs, desc)]
     parent = None if _scheduler.get() else os.getpid()

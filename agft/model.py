@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import AgftError, check, check_known, import_torchvision, one_line
+from .core import AgftError, check, check_known, import_torchvision, one_line, values_trusted
 from .data import check_prompts
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _check_pixels(
     check(rgb, f'images have shape {tuple(x.shape)}; allowed: (B,3,H,W), one image as image[None]')
     allowed = 'floating point in [0,1] (divide bytes by 255)'
     check(x.is_floating_point(), f'images have dtype {x.dtype}; allowed: {allowed}')
-    if torch.compiler.is_compiling() or not x.numel():
+    if torch.compiler.is_compiling() or values_trusted() or not x.numel():
         return
     low, high = (bound.item() for bound in x.detach().aminmax())
     outside = low < -.5 or high > 1.5  # some attacks look beyond the range; NaN is found in the logits

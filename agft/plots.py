@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from .core import check
 
 # %% auto #0
-__all__ = ['PALETTE', 'style', 'Figure', 'figure', 'to_hwc', 'show_images', 'bars', 'curves', 'show_attack']
+__all__ = ['PALETTE', 'style', 'Figure', 'figure', 'to_hwc', 'show_images', 'bars', 'curves', 'show_attack', 'training_curves',
+           'LiveCurves']
 
 # %% ../nbs/02_plots.ipynb #3085d3aa
 PALETTE = {  # name of a method -> colour
@@ -217,3 +219,48 @@ def show_attack(
         if titles_adv is not None:
             axs[2, i].set_xlabel(titles_adv[i], fontsize=8)
     return fig
+
+# %% ../nbs/02_plots.ipynb #live0002
+_WATCHED = dict(robust='batch, under attack', validation_clean='validation, clean',
+                validation_robust='validation, under attack')
+
+def training_curves(
+    log:Sequence[Mapping[str,Any]], # one entry a step, as `read_log` returns it
+)->Figure:
+    "Draw the loss and the accuracies of a run over its steps."
+    fig, (left, right) = figure(1, 2, size=(7, 2.4))
+    steps = [line['step'] for line in log]
+    left.plot(steps, [line['loss'] for line in log], color='C0')
+    left.set(xlabel='step', ylabel='loss (nats)')
+    for i, (key, label) in enumerate(_WATCHED.items()):
+        known = [line for line in log if key in line]
+        marker = 'o' if key.startswith('validation') else None
+        if known:
+            right.plot([line['step'] for line in known], [100*line[key] for line in known], color=f'C{i + 1}',
+                       label=label, marker=marker)
+    right.set(xlabel='step', ylabel='accuracy (%)', ylim=(0, 100))
+    if right.lines:
+        right.legend()
+    return fig
+
+class LiveCurves:
+    "A figure in a notebook that follows a run; for `watch` of `finetune`."
+    def __init__(self,
+        every:float=5., # seconds from one drawing to the next
+    ):
+        self.every, self.drawn, self.log, self.handle = every, 0., [], None
+
+    def __call__(self, line:dict, steps:int):
+        self.log.append(line)
+        if time.monotonic() - self.drawn > self.every or line['step'] + 1 == steps:
+            self.draw()
+
+    def draw(self):
+        "Show the log so far, in the place of the last figure."
+        from IPython.display import display
+        fig = training_curves(self.log)
+        if self.handle is None:
+            self.handle = display(fig, display_id=True)
+        else:
+            self.handle.update(fig)
+        self.drawn = time.monotonic()

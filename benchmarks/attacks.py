@@ -1,20 +1,24 @@
-"""Our attacks against torchattacks' PGD and the official Auto-PGD of AutoAttack, measured in one run.
+"""Our attacks against torchattacks' PGD and the official code of AutoAttack, measured in one run.
 
     python benchmarks/attacks.py [--model agft-tiny] [--device cpu] [--rounds 3] [--images 32]
                                  [--student CHECKPOINT] [--out results/benchmark_attacks.json]
 
 PGD-20 attacks the untuned model. Auto-PGD attacks a TeCoA student at three radii: half of the preset's eps
-and the preset's eps, where some images stay robust, and eight times the preset's eps, where none does. The
-student is fine-tuned here with the model's own preset unless --student names a checkpoint.
+and the preset's eps, where some images stay robust, and eight times the preset's eps, where none does.
+AutoAttack attacks the student at the preset's eps; agft runs the official code there. The student is
+fine-tuned here with the model's own preset unless --student names a checkpoint.
 
 Both sides have the same eps, steps and targets, and only images that are correct clean. The rounds alternate
 between the sides. Each round has its own random start. The ratio of images a second is the median over the
-rounds. Forwards are the images that went through the network, for each image attacked. Robust accuracy is
-computed from the returned pixels and is the mean over the rounds. On a shared CPU, set OMP_NUM_THREADS to the
-number of free cores: threads that wait for each other hide all differences.
+rounds, with the lowest and the highest. On a CPU, a second is one of the process's CPU time, which other
+programs on the machine change little; on a GPU it is one of wall time. Forwards are the images that went
+through the network, for each image attacked. Robust accuracy is computed from the returned pixels and is the
+mean over the rounds. On a shared CPU, set OMP_NUM_THREADS=1: threads that wait for each other hide all
+differences.
 """
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -25,14 +29,16 @@ from typing import Any
 
 import torch
 import torchattacks
+from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
 from agft.attack import apgd, apgd_targeted, misclassified
 from agft.config import load_preset
-from agft.core import seeded, write_json
+from agft.core import seeded
 from agft.data import load_task
 from agft.report import machine
-from agft.threats import pgd20
+from agft.results import Results, table
+from agft.threats import autoattack, pgd20
 from agft.train import finetune
 from agft.weights import load_model
 
@@ -81,6 +87,16 @@ def compare_apgd_t(net, x, y, eps):
     return ours, theirs
 
 
+def compare_autoattack(net, x, y, eps):
+    "AutoAttack, of agft and as its authors run it: functions of the round."
+    def ours(r): return autoattack(net, x, y, eps, 'Linf', seeded(r, 'start'))
+    def theirs(r):
+        official = AutoAttack(net, norm='Linf', eps=eps, seed=r, device=x.device)
+        official.verbose = False
+        return official.run_standard_evaluation(x, y, batch_size=len(x))[0]
+    return ours, theirs
+
+
 @dataclass
 class Round:
     "What is measured of one side in one round."
@@ -92,13 +108,20 @@ class Round:
 def measure(attack, r, net, x, y):
     "One round of one side."
     torch.manual_seed(r)
-    net.forwards, began = 0, time.perf_counter()
+    clock = time.perf_counter if x.is_cuda else time.process_time
+    net.forwards, began = 0, clock()
     x_adv = attack(r)
     if x.is_cuda:
         torch.cuda.synchronize()
-    rate = len(x)/(time.perf_counter() - began)
+    rate = len(x)/(clock() - began)
     forwards = net.forwards/len(x)
     return Round(rate, forwards, (~misclassified(net, x_adv, y)).double().mean().item())
+
+
+# of each side: name of the column, field of `Round`, digits, average over the rounds
+COLUMNS = (('images_per_second', 'rate', 2, statistics.median),
+           ('forwards_per_image', 'forwards', 1, statistics.median),
+           ('robust_accuracy', 'robust', 4, statistics.mean))
 
 
 def compare(ours, theirs, net, x, y, eps, rounds):
@@ -109,14 +132,13 @@ def compare(ours, theirs, net, x, y, eps, rounds):
         order = sorted(attacks, reverse=r % 2 == 1)
         for name in order:
             measured[name].append(measure(attacks[name], r, net, x, y))
-    def each_side(field, digits, average=statistics.median):
-        return {name: round(average(map(field, rows)), digits) for name, rows in measured.items()}
     ratios = [one.rate/other.rate for one, other in zip(*measured.values(), strict=True)]
-    return dict(eps=f'{255*eps:.3g}/255', n=len(x), ratio=round(statistics.median(ratios), 3),
-                ratio_range=[round(min(ratios), 3), round(max(ratios), 3)],
-                images_per_second=each_side(attrgetter('rate'), 2),
-                forwards_per_image=each_side(attrgetter('forwards'), 1),
-                robust_accuracy=each_side(attrgetter('robust'), 4, statistics.mean))
+    ratios = dict(ratio=statistics.median(ratios), low=min(ratios), high=max(ratios))
+    row = dict(eps=f'{255*eps:.3g}/255', n=len(x)) | {name: round(ratio, 3) for name, ratio in ratios.items()}
+    for name, field, digits, average in COLUMNS:
+        for side, rounds in measured.items():
+            row[f'{name}_{side}'] = round(average(map(attrgetter(field), rounds)), digits)
+    return row
 
 
 def parse_arguments():
@@ -147,21 +169,24 @@ def main():
     clip = load_model(a.model).to(a.device)
     head = clip.head(task.classes, task.templates)
     untuned, tecoa = Classifier(clip, head).eval(), Classifier(student.to(a.device), head).eval()
-    cases, found = [('PGD-20', 'untuned', untuned, compare_pgd20, eps)], {}
+    cases, rows = [('PGD-20', 'untuned', untuned, compare_pgd20, eps)], []
     for name, both in (('APGD-CE', compare_apgd_ce), ('APGD-T', compare_apgd_t)):
         for radius in (eps/2, eps, 8*eps):
             cases.append((name, 'TeCoA', tecoa, both, radius))
+    cases.append(('AutoAttack', 'TeCoA', tecoa, compare_autoattack, eps))
     for name, model, net, both, radius in cases:
         x, y = correct_images(net, task, a.images, a.device)
         row = compare(*both(net, x, y, radius), net, x, y, radius, a.rounds)
-        found[f'{name}, {model}, {row["eps"]}'] = row
-        print(name, model, json.dumps(row), flush=True)
-    options = f'--model {a.model} --device {a.device} --rounds {a.rounds} --images {a.images}'
-    command = f'python benchmarks/attacks.py {options}' + (f' --student {a.student}' if a.student else '')
-    found['about'] = dict(command=command, n=a.rounds, against='torchattacks (PGD-20), pyautoattack (APGD)',
-                          machine=machine(a.device), threads=torch.get_num_threads(),
-                          seconds=round(time.time() - began, 1))
-    write_json(a.out, found)
+        rows.append(dict(attack=name, model=model, **row))
+        print(json.dumps(rows[-1]), flush=True)
+    threads = os.environ.get('OMP_NUM_THREADS')
+    command = f'OMP_NUM_THREADS={threads} ' if threads else ''
+    command += f'python benchmarks/attacks.py --model {a.model} --device {a.device} --rounds {a.rounds} '
+    command += f'--images {a.images}' + (f' --student {a.student}' if a.student else '')
+    about = dict(command=command, n=a.rounds, against='torchattacks (PGD-20), pyautoattack (the others)',
+                 machine=machine(a.device), threads=torch.get_num_threads(),
+                 seconds=round(time.time() - began, 1))
+    Results.from_records([], about=about, tables=dict(attacks=table(rows))).save(a.out)
 
 
 if __name__ == '__main__':

@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 from agft.attack import (
     NORMS,
     apgd,
+    apgd_targeted,
     cross_entropy,
     cw,
     input_gradient,
     misclassified,
     pgd,
     round_inward,
+    runner_up,
     targeted_cross_entropy,
+    targeted_dlr,
     worst_case,
 )
 from agft.core import AgftError, seeded
@@ -210,3 +213,94 @@ def test_budgets_of_another_type_are_one_line(changed, words):
     settings = dict(logits_fn=LINEAR, x=torch.rand(4, 3, 4, 4), target=torch.arange(4)) | changed
     with pytest.raises(AgftError, match=words):
         pgd(**settings)
+
+
+def network(seed, classes=5):
+    "A random network with a hidden layer, and images and labels as in `labelled`."
+    linear, x, y = labelled(seed, classes=32)
+    out = torch.randn(32, classes, generator=seeded(seed, 'out'), dtype=torch.float64)
+    def logits_fn(x): return linear(x).tanh() @ out
+    y = logits_fn(x).argmax(1)
+    y[-1] = (y[-1] + 1) % classes
+    return logits_fn, x, y
+
+
+def recorded(logits_fn):
+    "The same model, and the list of the batches that it is given."
+    batches = []
+    def record(x):
+        batches.append(x.detach().clone())
+        return logits_fn(x)
+    return record, batches
+
+
+def target_by_target(logits_fn, x, y, eps, steps, norm, targets):
+    "APGD-T as the official code runs it: one target after the other, each on the images that are correct."
+    def attack(k, x, y):
+        with torch.no_grad():
+            pair = runner_up(logits_fn(x), y, k)
+        return apgd(logits_fn, x, pair, eps, steps, norm=norm, loss=targeted_dlr)
+    return worst_case(logits_fn, x, y, [partial(attack, k + 1) for k in range(targets)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(steps=st.integers(0, 30), targets=st.integers(1, 6), **CASE)
+def test_targets_in_one_batch_find_the_images_that_targets_in_turn_find(seed, norm, eps, steps, targets):
+    logits_fn, x, y = network(seed)
+    record, batches = recorded(logits_fn)
+    eps /= 20 if norm == 'Linf' else 4  # so that some images are found and others are not
+    x_adv = apgd_targeted(record, x, y, eps, steps, norm=norm, targets=targets)
+    in_turn = target_by_target(logits_fn, x, y, eps, steps, norm, min(targets, 4))
+    assert torch.equal(misclassified(logits_fn, x_adv, y), misclassified(logits_fn, in_turn, y))
+    assert max(map(len, batches)) <= len(x)
+    attacked = torch.cat(batches[1:]) if batches[1:] else x[:0]
+    assert not (attacked == x[-1]).flatten(1).all(1).any() and torch.equal(x_adv[-1], x[-1])
+
+
+@pytest.mark.parametrize('norm', NORMS)
+def test_targets_in_one_batch_visit_the_points_of_one_target_alone(norm):
+    logits_fn, x, y = network(1)
+    x, y, eps = x[:-1], y[:-1], 1e-3
+    record, batches = recorded(logits_fn)
+    alone, visited = recorded(logits_fn)
+    assert not misclassified(logits_fn, apgd_targeted(record, x, y, eps, 25, norm=norm), y).any()
+    for k in (1, 2, 3, 4):
+        apgd(alone, x, runner_up(logits_fn(x), y, k), eps, 25, norm=norm, loss=targeted_dlr)
+    expected, found = torch.cat(visited).flatten(1), torch.cat(batches).flatten(1)
+    nearest = torch.cdist(expected, found, p=torch.inf).amin(1)
+    assert nearest.max() < 1e-12 and len(expected) == 4*26*len(x)
+    assert len(found) == len(expected) + len(x) + 4*len(x)  # and the clean images, and the results
+
+
+def pixel_logits(x, offsets, gains):
+    "Logit k is `offsets[k]` and a multiple of how much pixel k has changed from 1/2."
+    change = x.flatten(1)[:, :len(offsets)] - .5
+    return torch.tensor(offsets, dtype=x.dtype) + torch.tensor(gains, dtype=x.dtype)*change
+
+
+def test_an_image_leaves_with_all_its_rows_when_one_target_succeeds():
+    x = torch.full((4, 3, 4, 4), .5, dtype=torch.float64)
+    y = torch.tensor([0, 1, 1, 1])  # only the first one is correct; its second target is within reach
+    gains = [.1, 0., 90., 0., 0.]
+    record, batches = recorded(partial(pixel_logits, offsets=[0., -1., -2., -3., -4.], gains=gains))
+    x_adv = apgd_targeted(record, x, y, .1, 50)
+    assert list(map(len, batches)) == [4, 4, 4, 1]  # clean, start, first move, result
+    assert misclassified(record, x_adv, y)[0] and torch.equal(x_adv[1:], x[1:])
+
+
+def test_a_point_that_another_batch_classifies_correctly_ends_no_other_target():
+    "The first target succeeds in a batch of four only, and the second one in smaller batches only."
+    def logits_fn(x):
+        gains = [.1, 90., 0., 0., 0.] if len(x) == 4 else [.1, 0., 90., 0., 0.]
+        return pixel_logits(x, [0., -1., -2., -3., -4.], gains)
+    x, y = torch.full((4, 3, 4, 4), .5, dtype=torch.float64), torch.tensor([0, 1, 1, 1])
+    record, batches = recorded(logits_fn)
+    x_adv = apgd_targeted(record, x, y, .1, 50)
+    assert list(map(len, batches)) == [4, 4, 4, 1, 3, 3, 1]
+    assert misclassified(logits_fn, x_adv[:1], y[:1])
+
+
+def test_a_seed_gives_the_same_result():
+    logits_fn, x, y = network(2)
+    one, two, other = (apgd_targeted(logits_fn, x, y, .02, 5, seeded(s, 'start')) for s in (0, 0, 1))
+    assert torch.equal(one, two) and not torch.equal(one, other)

@@ -13,7 +13,7 @@ from torchvision.transforms import Compose
 
 from agft import hub
 from agft.cli import main
-from agft.config import AttackConfig
+from agft.config import AttackConfig, TrainConfig
 from agft.core import AgftError, NotFinite, asset, read_json, seeded, write_json
 from agft.data import Task, archives_dir
 from agft.evaluation import Flags
@@ -406,7 +406,7 @@ def test_full_size(tmp_path, name, capsys):
     before = fingerprint(teacher)
     models = Models(student, teacher, teacher.head(task.classes, task.templates))
     agft = method('AGFT', logit_scale=180., gamma=.4)
-    loss, numbers = adversarial_loss(models, agft, task, AttackConfig(), batch_size=4)(0)
+    loss, numbers = adversarial_loss(models, agft, task, AttackConfig(), TrainConfig(batch_size=4))(0)
     loss.backward()
     torch.optim.SGD(student.visual.parameters(), lr=1e-3).step()
     assert torch.isfinite(loss) and numbers['zero_grad'] < 1

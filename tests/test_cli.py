@@ -12,10 +12,10 @@ import pytest
 
 from agft.cli import main
 from agft.core import asset
+from agft.loop import read_log
 from agft.model import fingerprint
 from agft.results import MEAN, MEAN_OF_ALL, Results
 from agft.search import _neighbours
-from agft.train import read_log
 from agft.weights import checkpoint_info, load_model, save_model
 
 def agft(*args, **more):

@@ -22,9 +22,9 @@ from agft.config import as_dict, check_names, load_preset, presets
 from agft.core import AgftError, read_json
 from agft.data import load_task
 from agft.evaluation import Flags, read_flags, write_flags
+from agft.loop import load_tensors, read_log, save_tensors
 from agft.results import Results, summarise
 from agft.threats import threats_of
-from agft.train import load_tensors, read_log, save_tensors
 from agft.weights import load_model, read_notes, read_weights, save_model
 
 EXAMPLES = int(os.environ.get('AGFT_FUZZ', 0))

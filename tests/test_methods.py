@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from agft.adapters import ADAPTERS, merge_lora
 from agft.attack import pgd
-from agft.config import AttackConfig, MethodConfig
+from agft.config import AttackConfig, MethodConfig, TrainConfig
 from agft.core import AgftError, seeded
 from agft.data import Task
 from agft.methods import (
@@ -101,7 +101,7 @@ ATTACKING = [name for name in WITHOUT_PATCHES if name != 'Clean']
 @pytest.mark.parametrize('name', WITHOUT_PATCHES)
 def test_loss_and_gradient_are_the_published_formula(case, name):
     m = method(name, logit_scale=S)
-    batch = Batch(case.x, case.y, m.teacher_features(case.models.teacher, case.images))
+    batch = Batch(case.x, case.y, m.teacher_features(case.models.teacher, case.x))
     student = case.models.student
     x_adv = case.x if m.attack_loss is None else case.x_adv
     ours, _ = m.loss(case.models, batch, x_adv, m.target(case.models, batch))
@@ -115,7 +115,7 @@ def test_loss_and_gradient_are_the_published_formula(case, name):
 @pytest.mark.parametrize('name', ATTACKING)
 def test_the_attack_ascends_what_the_method_says(case, name):
     m = method(name, logit_scale=S)
-    batch = Batch(case.x, case.y, m.teacher_features(case.models.teacher, case.images))
+    batch = Batch(case.x, case.y, m.teacher_features(case.models.teacher, case.x))
     target = m.target(case.models, batch)
     def outputs(x): return m.outputs(case.models, batch, x)
     attack_loss = m.attack_loss
@@ -141,7 +141,7 @@ def test_pmg_variants_differ_by_the_batch(case):
 @pytest.mark.parametrize('name', [name for name in METHODS if not METHODS[name].reads_labels])
 def test_a_method_that_reads_no_labels_needs_none(case, name):
     m = method(name, logit_scale=S)
-    features = m.teacher_features(case.models.teacher, case.images)
+    features = m.teacher_features(case.models.teacher, case.x)
     def loss(y):
         batch = Batch(case.x, y, features)
         return m.loss(case.models, batch, case.x_adv, m.target(case.models, batch))
@@ -220,7 +220,7 @@ def test_a_teacher_with_batch_norm_stays_as_it_is():
     teacher_before, student_before, norms = fingerprint(teacher), fingerprint(student), statistics()
     assert norms
     for name in WITHOUT_PATCHES:
-        loss_fn = adversarial_loss(models, method(name), task, AttackConfig(), batch_size=4)
+        loss_fn = adversarial_loss(models, method(name), task, AttackConfig(), TrainConfig(batch_size=4))
         opt = torch.optim.SGD(student.visual.parameters(), lr=1e-4)
         for step in range(2):
             opt.zero_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from agft.config import AttackConfig, FinetuneConfig, override
+from agft.config import AttackConfig, FinetuneConfig, TrainConfig, override
 from agft.core import AgftError, seeded
 from agft.data import Task
 from agft.evaluation import evaluate_task
@@ -91,7 +91,7 @@ def one_step(original, task):
     student.visual.requires_grad_(True)
     models = Models(student, teacher, teacher.head(task.classes, task.templates))
     agft = method('AGFT', logit_scale=1.8*original.logit_scale, gamma=.4)
-    loss, numbers = adversarial_loss(models, agft, task, AttackConfig(), batch_size=4, seed=0)(0)
+    loss, numbers = adversarial_loss(models, agft, task, AttackConfig(), TrainConfig(batch_size=4))(0)
     loss.backward()
     torch.optim.SGD(student.visual.parameters(), lr=.1).step()
     return student, teacher, loss.detach(), numbers

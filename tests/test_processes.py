@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import agft.evaluation as evaluation
-import agft.train as train
+import agft.loop as loop
 from agft.cli import main
 from agft.config import load_preset, override
 from agft.core import AgftError
+from agft.loop import read_log
 from agft.results import Results
-from agft.train import finetune, read_log
+from agft.train import finetune
 from agft.weights import load_model
 
 # gradients are clipped, as in the preset: an attack step is a sign, so rounding grows with the update
@@ -91,13 +92,13 @@ def test_two_processes_are_one(tmp_path, name):
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     whole = alone('AGFT', tmp_path/'whole')
-    save = train.save_tensors
+    save = loop.save_tensors
     def stops(content, path):
         save(content, path)
         if content.get('step') == 2:
             raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, 'save_tensors', stops)
+        patch.setattr(loop, 'save_tensors', stops)
         alone('AGFT', tmp_path/'cut')
     together(2, 'AGFT', tmp_path/'cut')
     assert largest_difference(whole, weights(tmp_path/'cut')) < 1e-5

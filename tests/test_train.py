@@ -11,17 +11,20 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import agft.loop as loop
 import agft.train as train
 from agft import __version__
-from agft.attack import margin_loss, pgd
-from agft.config import FinetuneConfig, OptimConfig, as_dict, load_preset, override
+from agft.attack import LOSSES, apgd, in_ball, margin_loss, pgd
+from agft.config import FinetuneConfig, OptimConfig, load_preset, override, recorded
 from agft.core import AgftError, NotFinite, read_json, seeded
 from agft.data import Task, load_task
+from agft.loop import Stepper, fit, learning_rate, load_tensors, read_log
 from agft.methods import METHODS, Method
 from agft.model import ZeroShotCLIP, copy_model, fingerprint, from_modules
 from agft.threats import THREATS, register_attack
-from agft.train import finetune, fit, learning_rate, prepare_run, read_log
+from agft.train import finetune, prepare_run
 from agft.weights import checkpoint_info, load_model
 
 LR, EPS = .01, 4/255
@@ -156,12 +159,12 @@ def test_grad_clip_bounds_the_norm(tuned, model):
 
 
 def test_checkpoint_every(tuned, monkeypatch):
-    saved, save = [], train.save_tensors
+    saved, save = [], loop.save_tensors
     def spy(content, path):
         if 'step' in content:
             saved.append(content['step'])
         save(content, path)
-    monkeypatch.setattr(train, 'save_tensors', spy)
+    monkeypatch.setattr(loop, 'save_tensors', spy)
     tuned(train__steps=5, train__checkpoint_every=2)
     assert saved == [2, 4, 5]
 
@@ -183,7 +186,7 @@ def test_scaled_gradients_are_those_without_a_scale(tmp_path):
     scaled, loss_fn = line()
     fit(scaled, loss_fn, tmp_path/'scaled', OptimConfig(steps=4), .1, half=True)
     assert scaled.weight.item() == pytest.approx(plain.weight.item(), rel=1e-6)
-    assert train.load_tensors(tmp_path/'scaled'/'state.pt')['scaler']['scale'] > 1
+    assert load_tensors(tmp_path/'scaled'/'state.pt')['scaler']['scale'] > 1
 
 
 def transformer():
@@ -433,11 +436,10 @@ def test_the_folder_of_the_images_is_used_and_not_recorded(monkeypatch, model, t
 def test_run_json_equals_the_config(tuned, tmp_path, model, task):
     asked = config('AGFT', train__weight_decay=.1, train__betas=(.8, .9), attack__eps='3/255', seed=4)
     finetune(asked, tmp_path/'out', 'cpu', model, task)
-    recorded = read_json(tmp_path/'out'/'run.json')
-    expected = as_dict(override(asked, **{'data.source': 'texture', 'model.resize': model.resize}))
-    expected['data'].pop('root')
+    written = read_json(tmp_path/'out'/'run.json')
+    expected = recorded(override(asked, **{'data.source': 'texture', 'model.resize': model.resize}))
     inputs = dict(teacher=fingerprint(model), images=task.digest())
-    assert recorded == dict(command='train', version=__version__, **expected, inputs=inputs)
+    assert written == dict(command='train', version=__version__, **expected, inputs=inputs)
     notes = checkpoint_info(tmp_path/'out'/'model.safetensors')
     assert notes['model'] == 'agft-tiny' and notes['method'] == 'AGFT' and notes['source'] == 'texture'
     assert notes['train.betas'] == [.8, .9] and notes['attack.eps'] == '3/255' and notes['seed'] == 4
@@ -554,6 +556,7 @@ def test_a_run_that_diverges_says_so(tmp_path):
     net, _ = line()
     with pytest.raises(NotFinite, match='mine: the loss is nan at step 0, learning rate 0.1; there is'):
         fit(net, lambda step: (net.weight.sum()*math.nan, {}), tmp_path/'a', OptimConfig(steps=2), .1, 'mine')
+    net, _ = line()
     with pytest.raises(NotFinite, match='the gradient is .* at step 0'):
         def kink(step): return (net.weight - 1).abs().sqrt().sum(), {}
         fit(net, kink, tmp_path/'b', OptimConfig(steps=2), .1)
@@ -602,7 +605,7 @@ def test_a_signal_saves_the_step(tmp_path, number):
     with pytest.raises(BaseException) as ended:
         fit(net, signalled, tmp_path/'a', OptimConfig(steps=6), .1)
     assert isinstance(ended.value, KeyboardInterrupt if number == signal.SIGINT else SystemExit)
-    assert train.load_tensors(tmp_path/'a'/'state.pt')['step'] == 4 == len(read_log(tmp_path/'a'))
+    assert load_tensors(tmp_path/'a'/'state.pt')['step'] == 4 == len(read_log(tmp_path/'a'))
     net, loss_fn = line()
     fit(net, loss_fn, tmp_path/'a', OptimConfig(steps=6), .1)
     assert net.weight.item() == whole.weight.item()
@@ -628,7 +631,7 @@ def test_a_full_disk_names_the_last_checkpoint(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(AgftError, match='No space left .* after step 2$'):
         patch.setattr(os, 'fsync', full)
         fit(net, loss_fn, tmp_path, OptimConfig(steps=6, checkpoint_every=2), .1)
-    assert train.load_tensors(tmp_path/'state.pt')['step'] == 2
+    assert load_tensors(tmp_path/'state.pt')['step'] == 2
     assert not list(tmp_path.glob('.*.tmp'))
 
 
@@ -665,3 +668,70 @@ def test_a_copied_model_is_trained_and_the_original_kept(tmp_path, model, task):
     student = finetune(config(), tmp_path, 'cpu', mine, task)
     assert mine.precision == 'bf16' and fingerprint(mine) == fingerprint(model) != fingerprint(student)
     assert not any(p.requires_grad for p in student.parameters()) and not student.training
+
+
+# -- what a step asks of the device
+
+class Waits(TorchDispatchMode):
+    "Counts the operations whose result the program must read before it can go on."
+    READ = '_local_scalar_dense', 'nonzero', 'is_nonzero', 'equal', 'masked_select', 'unique'
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in func.name() for name in self.READ):
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('attack', ['pgd', 'apgd'])
+@pytest.mark.parametrize('name', [name for name in METHODS if name != 'TGA-ZSR'])
+def test_a_step_reads_nothing_back_before_its_end(model, task, name, attack):
+    run = prepare_run(config(name, attack__name=attack, train__grad_clip=1.), 'cpu', model, task)
+    stepper, loss_fn = Stepper(run.models.student, run.config.train, 1e-3), run.loss_fn()
+    with Waits() as waits:
+        line = stepper(0, loss_fn)
+    assert waits.seen == [] and math.isfinite(line['loss'])
+
+
+def test_the_count_of_waits_counts():
+    with Waits() as waits:
+        assert torch.ones(2).sum().item() == 2 and len(torch.eye(2).nonzero()) == 2
+        assert (torch.ones(3) > 0).all()
+    assert len(waits.seen) == 3
+
+
+# -- other attacks in training
+
+OTHERS = {
+    'L2': dict(attack__norm='L2', attack__eps=.5, attack__steps=3),
+    'more steps': dict(attack__steps=7, attack__alpha=1/255),
+    'FGSM with a random start': dict(attack__steps=1, attack__alpha=1.25*EPS),
+    'FGSM': dict(attack__steps=1, attack__random_start=False),
+    'Auto-PGD': dict(attack__name='apgd', attack__steps=5),
+    'Auto-PGD, L2': dict(attack__name='apgd', attack__norm='L2', attack__eps=.5, attack__steps=5),
+    'Auto-PGD, DLR': dict(attack__name='apgd', attack__loss='dlr', attack__steps=5)}
+
+
+@pytest.mark.parametrize('name', [name for name in METHODS if name not in ('TGA-ZSR', 'Clean')])
+def test_every_method_trains_with_other_attacks(attacked, name):
+    for how, changes in OTHERS.items():
+        if name == 'FARE' and how == 'FGSM':
+            continue  # the gradient of its loss is zero at the clean image, up to rounding
+        batch, x_adv, run = attacked(name, **(dict(attack__eps=EPS) | changes))
+        attack = run.config.attack
+        assert in_ball(x_adv, batch.x, attack.eps, attack.norm).all(), how
+        assert (x_adv != batch.x).flatten(1).any(1).all(), how
+        loss = run.method.attack_loss if attack.loss == 'method' else LOSSES[attack.loss]
+        target = run.method.target(run.models, batch) if attack.loss == 'method' else batch.y
+        outputs = [run.method.outputs(run.models, batch, x) if attack.loss == 'method'
+                   else run.method.logits(run.models, x) for x in (batch.x, x_adv)]
+        before, after = (loss(values, target)[0].mean() for values in outputs)
+        assert after > before, how
+
+
+def test_auto_pgd_in_training_is_auto_pgd(attacked):
+    batch, x_adv, run = attacked('TeCoA', attack__name='apgd', attack__steps=5, attack__random_start=False)
+    def logits_fn(x): return run.method.logits(run.models, x)
+    expected = apgd(logits_fn, batch.x, batch.y, run.config.attack.eps, 5, early_stop=False)
+    assert (x_adv == expected).all()
