@@ -37,7 +37,7 @@ def test_in_a_file_progress_is_a_line_now_and_then(monkeypatch, clock):
     lines = [text for text in stderr if text.strip()]
     assert len(lines) == 2, lines
     assert lines[0].startswith('AGFT, seed 0:  50%') and '200/400' in lines[0] and 'loss 2.5' in lines[0]
-    assert '00:16<00:16' in lines[0], 'the time that is left'
+    assert '01:01<01:01' in lines[0], 'the time that is left'
 
 
 def test_the_time_left_of_a_continued_run_is_that_of_its_own_steps(monkeypatch, clock):
