@@ -39,6 +39,7 @@ from agft.core import (
     AgftError,
     check,
     check_known,
+    end_with_launcher,
     ended_by,
     keep_freed_memory,
     launched,
@@ -377,6 +378,7 @@ def main(
     argv:list[str]|None=None,  # arguments; None takes the process's own
 )->int:                        # exit code, see the table above
     "Run one command."
+    end_with_launcher()  # before torch is imported, which takes seconds
     words = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextvars import ContextVar
 from difflib import get_close_matches
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['import_torchvision', 'AgftError', 'NotFinite', 'check', 'check_known', 'values_trusted', 'trusted', 'one_line',
-           'raises', 'seeded', 'launched', 'processes', 'pick_device', 'whole_file', 'write_text', 'write_json',
-           'read_json', 'check_run_dir', 'check_same', 'locked', 'file_digests', 'open_run', 'cached_json',
-           'package_file', 'asset', 'Progress', 'progress', 'keep_freed_memory', 'end_with', 'on_cluster',
+           'raises', 'seeded', 'launched', 'end_with', 'end_with_launcher', 'processes', 'pick_device', 'whole_file',
+           'write_text', 'write_json', 'read_json', 'check_run_dir', 'check_same', 'locked', 'file_digests', 'open_run',
+           'cached_json', 'package_file', 'asset', 'Progress', 'progress', 'keep_freed_memory', 'on_cluster',
            'parallel_map', 'signals_noted', 'ended_by']
 
 # %% ../nbs/00_core.ipynb #a0113593
@@ -144,10 +145,27 @@ def launched()->tuple[int, int]: # rank of this process, and how many there are
     "What torchrun or accelerate says of this process, without an import of torch."
     return int(os.environ.get('RANK', '0')), int(os.environ.get('WORLD_SIZE', '1'))
 
+def end_with(
+    parent:int,   # number of a process
+):
+    "End this process within a second after its parent has ended."
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(.5)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+@cache
+def end_with_launcher():
+    "End this process within a second after the torchrun that has started it, however that has ended."
+    if 'TORCHELASTIC_RUN_ID' in os.environ:  # its parent is torchrun
+        end_with(os.getppid())
+
 def processes()->PartialState: # process_index, num_processes, is_main_process, wait_for_everyone()
     "The processes that torchrun or accelerate started together; one process where there is no launcher."
     import torch
     from accelerate import PartialState
+    end_with_launcher()
     return PartialState(cpu=not torch.cuda.is_available())
 
 # %% ../nbs/00_core.ipynb #94371cc2
@@ -431,16 +449,6 @@ def keep_freed_memory():
         trim_threshold, mmap_max = -1, -4  # from malloc.h
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_max, 0)
-
-def end_with(
-    parent:int,   # number of a process
-):
-    "End this process within a second after its parent has ended."
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(.5)
-        os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
 
 def _run_job(f:Callable, number:int, job:tuple, parent:int|None)->tuple[int, Any]:
     "What a worker process does: call `f`, and say which job it was."

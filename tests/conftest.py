@@ -68,14 +68,14 @@ def architectures(tmp_path, monkeypatch):
 @pytest.fixture
 def interrupted(monkeypatch):
     "Calls a training that is interrupted in one of its losses, counted from 1."
-    def call(at, training):
-        loss, calls = Method.loss, []
+    def call(at, training, cls=Method):
+        loss, calls = cls.loss, []
         def dies(self, *args):
             calls.append(0)
             if len(calls) == at:
                 raise KeyboardInterrupt
             return loss(self, *args)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(Method, 'loss', dies)
+            patch.setattr(cls, 'loss', dies)
             training()
     return call

@@ -100,7 +100,14 @@ def test_the_command_writes_into_its_directory_and_nowhere_else(cut, tmp_path, m
     assert {f.name for f in tmp_path.iterdir()} == before | {'b'} and (tmp_path/'b'/'report.html').exists()
     results = Results.load(tmp_path/'b'/'results.json')
     assert set(results.select(section='main', method='AGFT').accuracy.seed.dropna()) == {3, 4}
-    words = results.about['command'].split()
+
+
+@pytest.mark.slow
+def test_the_recorded_command_typed_again_gives_the_same_numbers(cut, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'cut.json').write_text(json.dumps(as_dict(cut)))
+    assert main(['bench', '--preset', 'cut.json', '--quick', '--out', 'b']) == 0
+    words = Results.load('b/results.json').about['command'].split()
     assert main([*words[1:], '--out', 'again']) == 0
     first, again = (without_times(tmp_path/name/'results.json') for name in ('b', 'again'))
     assert first == again

@@ -30,11 +30,12 @@ from agft.weights import load_model
 pytestmark = pytest.mark.slow
 
 
-def agft(*words, **more):
-    "Start a command in a process group of its own."
-    env = os.environ | {'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, '-m', 'agft', *map(str, words)], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True, **more)
+def agft(*words, launch=(), mark='', **more):
+    "Start a command in a process group of its own; what it starts inherits the mark."
+    env = os.environ | {'OMP_NUM_THREADS': '1', 'AGFT_MARK': str(mark)}
+    words = sys.executable, *launch, '-m', 'agft', *words
+    return subprocess.Popen([*map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=env, start_new_session=True, **more)
 
 
 def finished(process):
@@ -55,6 +56,21 @@ def group_members(group):
     return [stat for pgid, stat in rows if int(pgid) == group and not stat.startswith('Z')]
 
 
+def environments():
+    "The environment of each process that has not ended."
+    found = {}
+    for file in Path('/proc').glob('[0-9]*/environ'):
+        with contextlib.suppress(OSError):
+            found[int(file.parent.name)] = file.read_text(errors='replace').split('\0')
+    return found
+
+
+def marked(mark, *more):
+    "Processes with this mark, and with other entries in their environment."
+    wanted = {f'AGFT_MARK={mark}', *more}
+    return [number for number, entries in environments().items() if wanted <= {*entries}]
+
+
 def weights(out): return fingerprint(load_model(out/'model.safetensors'))
 
 
@@ -71,8 +87,8 @@ WORK = {
 }
 
 
-def command(kind, preset, out):
-    words, _ = WORK[kind]
+def command(kind, preset, out, words=None):
+    words = words or WORK[kind][0]
     return [kind, *words, '--preset', preset, '--out', out]
 
 
@@ -101,6 +117,64 @@ def test_killed_and_continued(small_preset, tmp_path, kind, number, times):
     assert {*codes} <= {0, -signal.SIGKILL if number == signal.SIGKILL else 128 + number}
     hit = times - codes.count(0)
     print(f'\n{kind}, {number.name}: {times} runs, {hit} hit, all continued to the same bits')
+
+
+TORCHRUN = '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2'
+TWO = {'train': ('--method', 'AGFT', '--steps', '60'),
+       'eval': ('agft-tiny', '--tasks', 'digits,texture', '--eval.images', '60', '--eval.batch-size', '6')}
+KILLS = {'train': [('torchrun', signal.SIGKILL), ('torchrun', signal.SIGKILL), ('RANK=0', signal.SIGKILL),
+                   ('RANK=1', signal.SIGKILL), ('torchrun', signal.SIGTERM), ('torchrun', signal.SIGTERM)],
+         'eval': [('torchrun', signal.SIGKILL), ('RANK=0', signal.SIGKILL), ('RANK=1', signal.SIGKILL)]}
+
+
+def left_behind(process, mark):
+    "Processes that are there five seconds after torchrun has ended; they are killed."
+    process.wait(60)
+    deadline = time.monotonic() + 5
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(.1)
+    left = marked(mark)
+    for number in left:
+        os.kill(number, signal.SIGKILL)
+    process.communicate()
+    return left
+
+
+@pytest.mark.parametrize('kind', TWO)
+def test_two_processes_killed_and_continued(small_preset, tmp_path, kind):
+    "torchrun is killed, or one of the two processes that it has started."
+    preset, result, draw, hits = small_preset(), WORK[kind][1], random.Random(0), 0
+    def start(out): return agft(*command(kind, preset, out, TWO[kind]), launch=TORCHRUN, mark=out)
+    began = time.monotonic()
+    code, text = finished(start(tmp_path/'whole'))
+    assert code == 0, text
+    whole, expected = time.monotonic() - began, result(tmp_path/'whole')
+    for i, (target, number) in enumerate(KILLS[kind]):
+        out = tmp_path/f'{kind}{i}'
+        process = start(out)
+        time.sleep(draw.uniform(.35, .95)*whole)
+        for each in [process.pid] if target == 'torchrun' else marked(out, target):
+            os.kill(each, number)
+        assert not left_behind(process, out)
+        hits += process.returncode != 0
+        code, text = finished(start(out))
+        assert code == 0 and result(out) == expected, text
+    print(f'\n{kind} in two processes: {len(KILLS[kind])} runs, {hits} hit, all continued to the same bits')
+
+
+@pytest.mark.parametrize('kind, number, begun', [
+    ('train', signal.SIGKILL, False), ('train', signal.SIGKILL, True), ('train', signal.SIGHUP, True),
+    ('eval', signal.SIGKILL, True)])
+def test_no_process_outlives_torchrun(tmp_path, kind, number, begun):
+    "A run that has hours to go; the signal comes while the processes start, or when they have begun."
+    long = ['--train.steps', '100000'] if kind == 'train' else ['agft-tiny', '--eval.images', '1000']
+    process = agft(kind, *long, '--out', tmp_path/'a', launch=TORCHRUN, mark=tmp_path/'a')
+    while not (tmp_path/'a'/'run.json').exists() if begun else len(marked(tmp_path/'a')) < 3:
+        time.sleep(.1)
+        assert process.poll() is None
+    time.sleep(2)
+    process.send_signal(number)
+    assert not left_behind(process, tmp_path/'a')
 
 
 def test_a_signal_loses_no_step(small_preset, tmp_path):
