@@ -15,6 +15,7 @@ import resource
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -320,7 +321,9 @@ def _wrapped(learner:_Learner)->nn.Module:
     if processes().num_processes == 1:
         return learner
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    return accelerator.prepare_model(learner)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '`broadcast_buffers`')  # its successor is not finished
+        return accelerator.prepare_model(learner)
 
 def _apart(
     learner:Any,                # of `_wrapped`
