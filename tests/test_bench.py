@@ -70,6 +70,7 @@ def check_numbers_are_recounted(results, out):
     assert row.robust == pytest.approx(np.mean([f.robust.mean() for f in flags])) and row.seeds == 2
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_numbers(cut, tmp_path, monkeypatch, one_process):
     results = module.bench(cut, tmp_path/'whole', 'cpu', search=False)
     check_what_a_reader_finds(results)
@@ -117,7 +118,7 @@ def test_from_runs_that_diverge_the_search_goes_down(cut, tmp_path, one_process)
     high = override(cut, **{'methods.TeCoA.lr': 1e6, 'search.low': 1e5, 'search.high': 1e7})
     trials = search_all(high, ['TeCoA'], tmp_path, 'cpu')
     assert [t.lr for t in trials if t.chosen] == [1e5] and len(trials) == 4
-    assert all(t.clean == 0 and ('not finite' in t.diverged or 'lower lr' in t.diverged) for t in trials)
+    assert all(t.clean == 0 and 'try a lower method.lr' in t.diverged for t in trials)
 
 
 @pytest.mark.parametrize('name', ['tiny', 'photo'])

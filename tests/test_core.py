@@ -41,14 +41,14 @@ def test_in_a_file_progress_is_a_line_now_and_then(monkeypatch, clock):
 
 
 def test_the_time_left_of_a_continued_run_is_that_of_its_own_steps(monkeypatch, clock):
-    "It goes on at step 10 of 20 and takes 4 s a step."
+    "It goes on at step 10 of 20 and takes 16 s a step."
     stderr = File()
     monkeypatch.setattr('sys.stderr', stderr)
     with Progress('AGFT, seed 0', 20, 10, 'step') as shown:
-        for clock[0] in range(4, 44, 4):
+        for clock[0] in range(16, 176, 16):
             shown.update(1, 'loss 2.5')
     first, second = [text for text in stderr if text.strip()]
-    assert '14/20 [00:16<00:24' in first and '18/20 [00:32<00:08' in second
+    assert '14/20 [01:04<01:36' in first and '18/20 [02:08<00:32' in second
 
 
 def test_on_a_terminal_progress_is_a_bar(monkeypatch):

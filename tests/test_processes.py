@@ -173,6 +173,7 @@ def images_of(folder, count):
     return [' '.join(parts).split() for parts in zip(*lines, strict=True)]
 
 
+@pytest.mark.slow
 def test_the_order_of_the_images_does_not_depend_on_the_processes(tmp_path, interrupted):
     (tmp_path/'order.py').write_text(ORDER)
     def job(name, **options):
