@@ -378,7 +378,6 @@ def main(
     argv:list[str]|None=None,  # arguments; None takes the process's own
 )->int:                        # exit code, see the table above
     "Run one command."
-    end_with_launcher()  # before torch is imported, which takes seconds
     words = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -418,6 +417,7 @@ def main(
 
 def run():
     "The program `agft`."
+    end_with_launcher()  # before torch is imported, which takes seconds
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the work is done
