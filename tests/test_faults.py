@@ -167,8 +167,9 @@ def test_two_processes_killed_and_continued(small_preset, tmp_path, kind):
     ('eval', signal.SIGKILL, True)])
 def test_no_process_outlives_torchrun(tmp_path, kind, number, begun):
     "A run that has hours to go; the signal comes while the processes start, or when they have begun."
-    long = ['--train.steps', '100000'] if kind == 'train' else ['agft-tiny', '--eval.images', '1000']
-    process = agft(kind, *long, '--out', tmp_path/'a', launch=TORCHRUN, mark=tmp_path/'a')
+    long = {'train': ['--train.steps', '100000', '--train.workers', '1'],
+            'eval': ['agft-tiny', '--eval.images', '1000']}
+    process = agft(kind, *long[kind], '--out', tmp_path/'a', launch=TORCHRUN, mark=tmp_path/'a')
     while not (tmp_path/'a'/'run.json').exists() if begun else len(marked(tmp_path/'a')) < 3:
         time.sleep(.1)
         assert process.poll() is None
