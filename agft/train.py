@@ -15,6 +15,7 @@ import resource
 import shutil
 import statistics
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -186,6 +187,27 @@ def _features_of(
     features = [value.cpu() for value in found if value is not None]
     return torch.cat(features) if features else None
 
+def _shared_out(
+    teacher:ZeroShotCLIP, method:Method, task:Task,
+    path:Path,       # beside which the processes write their shares
+    name:str,        # of this computation: another run may compute the same features
+)->Tensor|None:      # (N,…) in the first process
+    "The teacher's features of all images, of which each process computes a share."
+    group = processes()
+    mine = torch.arange(len(task)).tensor_split(group.num_processes)[group.process_index]
+    found = _features_of(teacher, method, task, mine)
+    if group.num_processes == 1:
+        return found
+    shares = [path.with_name(f'{path.name}.{i}.{name}') for i in range(group.num_processes)]
+    save_tensors(dict(value=found), shares[group.process_index])
+    group.wait_for_everyone()
+    if not group.is_main_process:
+        return None
+    whole = torch.cat([load_tensors(share)['value'] for share in shares])
+    for share in shares:
+        share.unlink()
+    return whole
+
 def _about_features(
     teacher:ZeroShotCLIP,
     method:Method,
@@ -217,22 +239,16 @@ def teacher_features(
     about:dict|None=None,    # what they depend on
 )->Tensor|None:              # (N,…) on the CPU; None: the method needs none
     "The teacher's features of all images of a task."
-    group, rows = processes(), torch.arange(len(task))
     if path is None or type(method).teacher_features is Method.teacher_features:
-        return _features_of(teacher, method, task, rows)
-    there = [path.is_file()]
-    broadcast_object_list(there)
-    if not there[0]:
-        shares = [path.with_name(f'{path.name}.{i}') for i in range(group.num_processes)]
-        mine = rows.tensor_split(group.num_processes)[group.process_index]
-        save_tensors(dict(value=_features_of(teacher, method, task, mine)), shares[group.process_index])
-        group.wait_for_everyone()
-        if group.is_main_process:
-            whole = torch.cat([load_tensors(share)['value'] for share in shares])
+        return _features_of(teacher, method, task, torch.arange(len(task)))
+    agreed:list[Any] = [path.is_file(), uuid.uuid4().hex[:8]]  # what the first process finds holds for all
+    broadcast_object_list(agreed)
+    there, name = agreed
+    if not there:
+        whole = _shared_out(teacher, method, task, path, name)
+        if processes().is_main_process:
             save_tensors(dict(about=about, value=whole), path)
-            for share in shares:
-                share.unlink()
-        group.wait_for_everyone()
+        processes().wait_for_everyone()
     held = load_tensors(path, shared=True)
     check_same(path, held.get('about'), about or {})
     return held['value']

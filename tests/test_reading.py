@@ -204,3 +204,18 @@ def test_augment_and_workers_change_what_they_should(tmp_path):
     assert largest_difference(first, run(tmp_path, train__workers=2)) == 0
     with pytest.raises(AgftError, match='train.augment'):
         run(tmp_path, train__augment=True)
+
+
+def test_two_runs_may_compute_the_same_features(tmp_path, monkeypatch):
+    "While one run computes them, another one begins and ends."
+    root, features_of, begun = tmp_path/'data', train._features_of, []
+    root.mkdir()
+    def meanwhile(*args):
+        if not begun:
+            begun.append(0)
+            run(tmp_path/'other', data__root=str(root))
+        return features_of(*args)
+    monkeypatch.setattr(train, '_features_of', meanwhile)
+    first = run(tmp_path/'first', data__root=str(root))
+    assert largest_difference(first, run(tmp_path/'alone')) == 0
+    assert [path.suffix for path in (root/'features').iterdir()] == ['.pt']
