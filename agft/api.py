@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def finetune(
     preset:str|None=None,       # where settings come from; None: the preset of a shipped model
     seed:int=0,                 # of batches and random starts
     device:str='auto',          # auto, cpu or cuda
+    watch:Sequence[Callable]=(), # each is called with every line of the log and the number of steps
     **changes:Any,              # settings by path: **{'train.steps': 20, 'attack.eps': '2/255'}
 )->ZeroShotCLIP:                # the fine-tuned model; its checkpoint is model.safetensors in `out`
     "Fine-tune the image encoder adversarially."
@@ -51,7 +52,7 @@ def finetune(
     config = override(recipe.finetune(method, seed), **{'model.name': name, **own, **changes})
     live = None if isinstance(model, str) else model
     task = load_tasks([task], split='train')[0] if isinstance(task, str) else task
-    return _train.finetune(config, out, device, model=live, task=task)
+    return _train.finetune(config, out, device, model=live, task=task, watch=watch)
 
 # %% ../nbs/25_api.ipynb #92f20129
 def evaluate(

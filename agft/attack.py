@@ -360,6 +360,21 @@ class _FixedStep(_Moves):
     def next_point(self, state:_State, step:int)->Tensor:
         return self.ball.project(state.x_adv + self.alpha*self.ball.direction(state.grad), state.x, self.eps)
 
+def _leave(
+    found:Tensor,              # (N,3,H,W), the points of all rows; is written
+    state:_State,
+    moves:_Moves,
+    x_adv:Tensor,              # (B,3,H,W), the present points
+    gone:Tensor,               # (B,) bool: misclassified there
+):
+    "Keep the points that are misclassified, and drop all rows of their images."
+    if not gone.any():
+        return
+    found[state.row[gone]] = x_adv[gone]
+    left = ~torch.isin(state.image, state.image[gone])
+    state.keep(left)
+    moves.keep(left)
+
 def _search(
     logits_fn:Callable,        # pixels (B,3,H,W) in [0,1] -> logits (B,C)
     state:_State,              # all images at their start points
@@ -375,12 +390,8 @@ def _search(
         x_adv = state.seen(state.x_adv)
         value, grad, logits = input_gradient(logits_fn, x_adv, state.target, loss, state.image, trace)
         state.visit(value, grad)
-        gone = logits.argmax(1) != hard_labels(state.target)
-        if early_stop and gone.any():
-            found[state.row[gone]] = x_adv[gone]
-            left = ~torch.isin(state.image, state.image[gone])
-            state.keep(left)
-            moves.keep(left)
+        if early_stop:
+            _leave(found, state, moves, x_adv, logits.argmax(1) != hard_labels(state.target))
         if step == steps or not len(state.row):
             break
         state.x_adv = moves.next_point(state, step)

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 from . import __version__
-from .config import EvalConfig, Recipe, as_dict, recorded
+from .config import EvalConfig, EvaluateConfig, Recipe, as_dict, recorded
 from .core import cached_json, check_same, file_digests, open_run, parallel_map, pick_device
 from .data import Task, task_of, tasks_of
 from .diagnostics import Trained, calibration_rows, cost_rows, embedding_rows
@@ -26,7 +26,8 @@ from .train import finetune
 from .weights import load_model, read_notes, save_model
 
 # %% auto #0
-__all__ = ['Runs', 'test_tasks', 'train_all', 'evaluate_all', 'records_of', 'differences', 'quick', 'describe', 'bench']
+__all__ = ['Runs', 'test_tasks', 'train_all', 'evaluate_source', 'evaluate_all', 'records_of', 'differences', 'quick', 'describe',
+           'bench']
 
 # %% ../nbs/21_bench.ipynb #a0d09983
 def test_tasks(
@@ -58,10 +59,15 @@ def train_all(
     trained = [Trained(method, seed, source) for (method, seed), source in zip(runs, sources, strict=True)]
     return [Trained('CLIP', recipe.seed, recipe.model.name), *trained]
 
-def _evaluate(
-    source:str, recipe:Recipe, tasks:Sequence[Task], folder:Path, eval:EvalConfig, device:str,
+def evaluate_source(
+    source:str,        # what `load_model` loads
+    recipe:Recipe|EvaluateConfig, # resizing, seed, plugins
+    tasks:Sequence[Task],
+    folder:Path,       # of the flags
+    eval:EvalConfig,   # attacks
+    device:str,
 )->dict[str, Run]:     # label of the threat -> task -> flags
-    "Evaluate what `load_model` loads."
+    "Evaluate one model; a process of its own can do it."
     load_plugins(recipe.plugins)
     model = load_model(source, resize=recipe.model.resize).to(pick_device(device))
     return evaluate_threats(model, tasks, folder, threats_of(eval), recipe.seed, eval.batch_size)
@@ -82,7 +88,7 @@ def evaluate_all(
         flags = folder/f'{model.method}-{model.seed}'
         jobs.append((model.source, recipe, tasks, flags, eval, device))
     runs:Runs = {}
-    for model, found in zip(models, parallel_map(_evaluate, jobs, device, 'evaluating'), strict=True):
+    for model, found in zip(models, parallel_map(evaluate_source, jobs, device, 'evaluating'), strict=True):
         for label, flags in found.items():
             runs.setdefault(label, {}).setdefault(model.method, []).append(flags)
     return runs

@@ -24,6 +24,7 @@ from agft.bench import (
     bench,
     describe,
     evaluate_all,
+    evaluate_source,
     quick,
     records_of,
     test_tasks,
@@ -44,7 +45,6 @@ from agft.core import (
     write_text,
 )
 from .data import Task, task_of, tasks_of
-from .evaluation import evaluate_threats
 from .model import ZeroShotCLIP, fingerprint
 from .registry import DATA_SETS, PAPER15, Missing, classes_of, data_report, data_set, digest, fetch, pack
 from .report import html_report, machine, pareto, task_bars
@@ -194,12 +194,6 @@ def _check_workers(workers:int, device:str):
     check(workers == 1 or alone, f'workers is {workers}; allowed: 1 on a GPU, and 1 with torchrun, which '
           'shares out the images itself')
 
-def _evaluate_alone(config:EvaluateConfig, task:Task, folder:Path):
-    "Evaluate one task; what is found stays in files."
-    load_plugins(config.plugins)
-    model = load_model(config.model.name, resize=config.model.resize)
-    evaluate_threats(model, [task], folder, threats_of(config.eval), config.seed, config.eval.batch_size)
-
 def evaluate(
     config:EvaluateConfig,
     out:str|Path,        # directory of the flags and results.json
@@ -220,8 +214,8 @@ def evaluate(
     inputs = dict(model=fingerprint(model), tasks={task.name: task.digest() for task in tasks})
     with open_run(out, _run('eval', config, inputs)) as folder:
         if workers > 1:  # they write the flags that are read below
-            jobs = [(config, task, folder/'flags') for task in tasks]
-            parallel_map(_evaluate_alone, jobs, device, 'evaluating', workers)
+            jobs = [(name, config, [task], folder/'flags', config.eval, device) for task in tasks]
+            parallel_map(evaluate_source, jobs, device, 'evaluating', workers)
         records = evaluate_model(model, name, tasks, config.eval, folder/'flags', source, config.seed)
         results = Results.from_records(records, config=as_dict(config))
         results.about = _about(command, threats, tasks, device, began, inputs=inputs)

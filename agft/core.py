@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 __all__ = ['import_torchvision', 'AgftError', 'NotFinite', 'check', 'check_known', 'values_trusted', 'trusted', 'one_line',
            'raises', 'seeded', 'launched', 'end_with', 'end_with_launcher', 'processes', 'pick_device', 'whole_file',
            'write_text', 'write_json', 'read_json', 'check_run_dir', 'check_same', 'locked', 'file_digests', 'open_run',
-           'cached_json', 'package_file', 'asset', 'Progress', 'progress', 'keep_freed_memory', 'on_cluster',
-           'parallel_map', 'signals_noted', 'ended_by']
+           'json_digest', 'cached_json', 'package_file', 'asset', 'Progress', 'progress', 'keep_freed_memory',
+           'on_cluster', 'parallel_map', 'signals_noted', 'ended_by']
 
 # %% ../nbs/00_core.ipynb #a0113593
 _declared = []  # keeps the operators alive: a library that is garbage-collected takes its operators with it
@@ -343,7 +343,11 @@ def open_run(
         yield folder
 
 # %% ../nbs/00_core.ipynb #f77fce57
-def _checksum(value:Any)->str: return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+def json_digest(
+    value:Any,  # what json can write
+)->str:         # SHA-256, hexadecimal
+    "Identify a value."
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 def cached_json(
     path:Path,         # JSON file that keeps the value
@@ -353,9 +357,9 @@ def cached_json(
     "Read a value from its file, or make it and write the file."
     if not path.exists():
         value = json.loads(json.dumps(make()))
-        write_json(path, dict(about=about, sha256=_checksum(value), value=value))
+        write_json(path, dict(about=about, sha256=json_digest(value), value=value))
     held = read_json(path)
-    whole = isinstance(held, dict) and _checksum(held.get('value')) == held.get('sha256')
+    whole = isinstance(held, dict) and json_digest(held.get('value')) == held.get('sha256')
     check(whole, f'{path} was changed or damaged after it was written; remove it to compute it again')
     check_same(path, held['about'], about)
     return held['value']

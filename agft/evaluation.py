@@ -20,7 +20,7 @@ from torch import Tensor
 from .attack import NORMS, input_gradient, misclassified, zero_grad
 from .core import AgftError, Progress, check, check_same, one_line, processes, seeded, whole_file
 from .data import Task, check_distinct
-from .model import ZeroShotCLIP, fingerprint
+from .model import ZeroShotCLIP, fingerprint, image_rule
 from .threats import Threat
 
 # %% auto #0
@@ -78,9 +78,7 @@ class Digests(NamedTuple):
     def of(cls, model:ZeroShotCLIP, tasks:Sequence[Task])->Digests:
         "The digests of a model and of tasks with different names."
         check_distinct(tasks)
-        inputs = dict(model=fingerprint(model), resize=model.resize, size=list(model.size),
-                      precision=model.precision, mean=model.mean.flatten().tolist(),
-                      std=model.std.flatten().tolist())
+        inputs = dict(model=fingerprint(model), **image_rule(model))
         return cls(inputs, {task.name: task.digest() for task in tasks})
 
 def _about(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase, SiglipModel
 
 # %% auto #0
-__all__ = ['RESIZE', 'ZeroShotCLIP', 'agft_resnet', 'add_learned_input', 'copy_model', 'interpolate', 'fingerprint',
+__all__ = ['RESIZE', 'ZeroShotCLIP', 'agft_resnet', 'add_learned_input', 'copy_model', 'interpolate', 'image_rule', 'fingerprint',
            'from_modules', 'from_transformers']
 
 # %% ../nbs/06_model.ipynb #3ca12aa1
@@ -319,7 +319,7 @@ def copy_model(
 )->ZeroShotCLIP:        # shares no tensor with `model`; its mode and its trainable parameters are the same
     "Copy a model with its weights, statistics and learned inputs."
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(model.tokenizer): model.tokenizer})  # shared: it only reads
     except (TypeError, RuntimeError, AttributeError, pickle.PicklingError) as e:
         raise AgftError(f'model {model.name!r} cannot be copied: {one_line(e)}') from e
 
@@ -346,6 +346,13 @@ def interpolate(
     return mixed
 
 # %% ../nbs/06_model.ipynb #d5649ad9
+def image_rule(
+    model:ZeroShotCLIP,
+)->dict[str, Any]: # JSON-like
+    "How a model brings images to its encoder; with the fingerprint, all that its answers depend on."
+    return dict(resize=model.resize, size=list(model.size), precision=model.precision,
+                mean=model.mean.flatten().tolist(), std=model.std.flatten().tolist())
+
 def fingerprint(
     module:nn.Module, # a `ZeroShotCLIP`, or any other module
 )->str:               # SHA-256 over names, shapes and bytes, hexadecimal

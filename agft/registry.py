@@ -38,6 +38,7 @@ from agft.core import (
     check,
     check_known,
     import_torchvision,
+    json_digest,
     one_line,
     progress,
     read_json,
@@ -672,7 +673,7 @@ def digest(
     name:str, # key of `DATA_SETS`
 )->str:       # hexadecimal
     "A short hash of the classes and their words, in order."
-    return hashlib.sha256(json.dumps(classes_of(name)).encode()).hexdigest()[:12]
+    return json_digest(classes_of(name))[:12]
 
 # %% ../nbs/04_registry.ipynb #reg00020
 def _read_listing(root:Path, name:str, split:str, classes:Sequence[str])->Listing:

@@ -7,7 +7,6 @@ __all__ = ['augmented', 'teacher_features', 'adversarial_loss', 'validation_of',
 
 # %% ../nbs/13_train.ipynb #e029f3ce
 import contextlib
-import hashlib
 import inspect
 import json
 import os
@@ -19,7 +18,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -42,6 +41,7 @@ from agft.core import (
     check_same,
     end_with,
     file_digests,
+    json_digest,
     one_line,
     open_run,
     pick_device,
@@ -53,7 +53,7 @@ from agft.core import (
 from .data import Task, batch_indices, task_of
 from .loop import Stepper, Trackers, Validation, check_trackers, fit, load_tensors, save_tensors
 from .methods import Batch, Method, Models, Numbers, method, method_of
-from .model import ZeroShotCLIP, copy_model, fingerprint
+from .model import ZeroShotCLIP, copy_model, fingerprint, image_rule
 from .threats import THREATS, Threat, load_plugins, threat
 from .weights import load_model, load_weights, read_notes, save_model
 
@@ -214,12 +214,11 @@ def _about_features(
     task:Task,
     inputs:dict[str, Any],   # digests: of the teacher, the images, plugin files
 )->dict[str, Any]:
-    "Everything that the teacher's features depend on."
+    "Everything that the teacher's features depend on; those of a method of your own, on its settings, too."
     function = type(method).teacher_features
-    return dict(function=f'{function.__module__}.{function.__qualname__}', inputs=inputs, task=task.name,
-                precision=teacher.precision, resize=teacher.resize, size=list(teacher.size),
-                mean=teacher.mean.flatten().tolist(), std=teacher.std.flatten().tolist(),
-                device=teacher.device.type, version=__version__)
+    settings = {} if function.__module__ == Method.__module__ else asdict(method)
+    return dict(function=f'{function.__module__}.{function.__qualname__}', settings=settings, inputs=inputs,
+                task=task.name, **image_rule(teacher), device=teacher.device.type, version=__version__)
 
 def _features_file(
     root:str|None,           # data folder
@@ -229,7 +228,7 @@ def _features_file(
     "Where the features are kept."
     if root is None or not os.access(root, os.W_OK):
         return out/'teacher.pt'
-    return Path(root)/'features'/f'{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}.pt'
+    return Path(root)/'features'/f'{json_digest(about)[:16]}.pt'
 
 def teacher_features(
     teacher:ZeroShotCLIP,
@@ -611,7 +610,7 @@ def _train(
     loss_fn = run.loss_fn(out)
     with contextlib.ExitStack() as stack:
         if train.trackers and first:
-            key = hashlib.sha256(json.dumps(run.about).encode()).hexdigest()[:16]
+            key = json_digest(run.about)[:16]
             watch = [*watch, stack.enter_context(Trackers(train.trackers, out, flatten(config), key))]
         fit(student, loss_fn, out, train, lr, f'{config.method.name}, seed {config.seed}', run.about,
             train.accumulate, train.precision == 'fp16', _validation(run, out), watch)

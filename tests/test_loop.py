@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import agft
 import agft.loop as loop
 from agft.config import OptimConfig, load_preset, override
 from agft.core import AgftError
@@ -149,6 +150,14 @@ def test_everyone_who_watches_gets_every_line(tmp_path):
     seen = []
     fit(*line(), tmp_path, OptimConfig(steps=3), .1, watch=[lambda entry, steps: seen.append((entry, steps))])
     assert [entry for entry, _ in seen] == read_log(tmp_path) and {steps for _, steps in seen} == {3}
+
+
+def test_the_public_function_passes_those_who_watch_on(tmp_path):
+    seen = []
+    changes = {key: value for key, value in SMALL.items() if key != 'train.images'}
+    agft.finetune('agft-tiny', 'TeCoA', tmp_path, task=load_task('texture', n=8, split='train'),
+                  watch=[lambda entry, steps: seen.append(entry)], **changes)
+    assert seen == read_log(tmp_path)
 
 
 def test_tensorboard_has_the_log(tmp_path, interrupted):

@@ -219,3 +219,23 @@ def test_two_runs_may_compute_the_same_features(tmp_path, monkeypatch):
     first = run(tmp_path/'first', data__root=str(root))
     assert largest_difference(first, run(tmp_path/'alone')) == 0
     assert [path.suffix for path in (root/'features').iterdir()] == ['.pt']
+
+
+def test_features_of_a_method_of_ones_own_depend_on_its_settings(tmp_path):
+    (tmp_path/'own.py').write_text(OWN)
+    root = tmp_path/'data'
+    root.mkdir()
+    for i, power in enumerate((1, 1, 2)):
+        own = dict(plugins=[str(tmp_path/'own.py')], method__options=dict(power=power))
+        run(tmp_path/f'{i}', 'Powers', data__root=str(root), **own)
+    assert len([*(root/'features').iterdir()]) == 2
+
+
+OWN = """
+from agft.methods import AGFT, register_method
+
+@register_method('Powers')
+class Powers(AGFT):
+    power:int = 1
+    def teacher_features(self, teacher, x): return teacher.encode_image(x**self.power)
+"""
