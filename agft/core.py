@@ -97,7 +97,7 @@ def values_trusted()->bool:
 
 @contextlib.contextmanager
 def trusted()->Iterator[None]:
-    "Within the block, types and shapes are checked but no values: reading one makes a GPU wait."
+    "Within the block, types and shapes are checked and values are not: to read one is to wait for the GPU."
     token = _trusted.set(True)
     try:
         yield

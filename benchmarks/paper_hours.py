@@ -17,12 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
+from train_step import noise_task
 
 from agft.config import load_preset, override
 from agft.core import keep_freed_memory
-from agft.data import Task
 from agft.loop import Stepper
 from agft.report import machine
 from agft.results import Results, table
@@ -39,9 +38,7 @@ def step_of(batch):
     recipe = load_preset('vit_b32_imagenet')
     config = override(recipe.finetune('AGFT'), **{'train.batch_size': batch, 'train.images': None})
     model = new_model(config.model.name.split('@')[0])
-    names = tuple(f'thing number {i}' for i in range(1000))
-    images = torch.randint(256, (batch, 3, 224, 224), dtype=torch.uint8)
-    task = Task('noise', images, torch.arange(batch) % 1000, names, ('This is a photo of a {}.',))
+    task = noise_task(batch, 224, 1000)
     run = prepare_run(config, 'cpu', model, task)
     stepper, loss_fn = Stepper(run.models.student, run.config.train, 1e-5), run.loss_fn()
     return lambda t: stepper(t, loss_fn), config
@@ -88,13 +85,13 @@ def main():
     if a.batch:
         measure(a.batch)
         return
-    began, small, large = time.time(), measured(8), measured(32)
+    began, small, large = time.time(), measured(4), measured(16)
     images = large['steps']*256
     an_image = (large['peak_gib'] - small['peak_gib'])/(large['batch'] - small['batch'])
     fixed = large['peak_gib'] - large['batch']*an_image
     share, origin = utilisation()
-    rows = [dict(hardware=machine('cpu'), processors=1, hours=round(images*large['seconds_a_step']/32/3600),
-                 memory_gib=round(fixed + 256*an_image, 1), what='extrapolated from 3 steps of 32 images')]
+    rows = [dict(hardware=machine('cpu'), processors=1, hours=round(images*large['seconds_a_step']/large['batch']/3600),
+                 memory_gib=round(fixed + 256*an_image, 1), what=f'extrapolated from 3 steps of {large["batch"]} images')]
     for name, peak in PEAKS.items():
         for n in GPUS:
             hours = images*large['gflop_an_image']/(n*share*peak*1e3)/3600

@@ -48,6 +48,13 @@ METHODS = 'TeCoA', 'AGFT'
 CURVES = dict(batch=(16, 32, 64, 128), prompts=(10, 100, 1000), pixels=(32, 64, 128), steps=(1, 2, 5, 10))
 
 
+def noise_task(n, side, prompts):
+    "Random images of random classes; speed does not depend on what they are."
+    images = torch.randint(256, (n, 3, side, side), dtype=torch.uint8)
+    names = tuple(f'thing number {i}' for i in range(prompts))
+    return Task('noise', images, torch.arange(n) % prompts, names, ('a picture of {}',))
+
+
 def setup(a, method, batch=None, prompts=None, pixels=None, steps=None):
     "A run on four batches of images, with settings that differ from the preset's."
     recipe = load_preset(a.preset)
@@ -58,9 +65,7 @@ def setup(a, method, batch=None, prompts=None, pixels=None, steps=None):
     if not (prompts or pixels or a.architecture):
         return prepare_run(config, a.device)
     model = new_model(a.architecture) if a.architecture else load_model(config.model.name)
-    side, names = pixels or model.size[0], tuple(f'thing number {i}' for i in range(prompts or 100))
-    images = torch.randint(256, (4*batch, 3, side, side), dtype=torch.uint8)
-    task = Task('noise', images, torch.arange(4*batch) % len(names), names, ('a picture of {}',))
+    task = noise_task(4*batch, pixels or model.size[0], prompts or 100)
     return prepare_run(config, a.device, model, task)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from agft.attack import NORMS, misclassified
+from agft.cli import main
 from agft.core import AgftError, seeded
 from agft.data import load_task
 from agft.evaluation import (
@@ -20,6 +21,7 @@ from agft.evaluation import (
     write_flags,
 )
 from agft.model import copy_model
+from agft.results import Results
 from agft.threats import threat
 from agft.weights import load_model
 
@@ -183,3 +185,17 @@ def test_a_task_without_labels_is_named(model, task, tmp_path):
     with pytest.raises(AgftError, match=task.name):
         evaluate_tasks(model, [unlabelled], tmp_path, threat('fgsm', EPS))
     assert not (tmp_path/f'{task.name}.npz').exists()
+
+
+def test_tasks_evaluated_side_by_side_give_the_same_results(tmp_path):
+    words = ['eval', 'agft-tiny', '--tasks', 'digits,texture', '--attacks', 'pgd20', '--eval.images', '8']
+    assert main([*words, '--out', str(tmp_path/'one')]) == 0
+    assert main([*words, '--out', str(tmp_path/'two'), '--workers', '2']) == 0
+    one, two = (Results.load(tmp_path/name/'results.json') for name in ('one', 'two'))
+    assert one.accuracy.equals(two.accuracy) and one.about['command'] == two.about['command']
+
+
+@pytest.mark.parametrize('words', [['--workers', '0'], ['--workers', '-1']])
+def test_a_number_of_workers_that_cannot_be_is_refused(tmp_path, capsys, words):
+    assert main(['eval', 'agft-tiny', '--tasks', 'digits', *words, '--out', str(tmp_path/'a')]) == 2
+    assert 'allowed: 1 or more' in capsys.readouterr().err and not (tmp_path/'a').exists()
