@@ -90,8 +90,9 @@ def main():
     an_image = (large['peak_gib'] - small['peak_gib'])/(large['batch'] - small['batch'])
     fixed = large['peak_gib'] - large['batch']*an_image
     share, origin = utilisation()
-    rows = [dict(hardware=machine('cpu'), processors=1, hours=round(images*large['seconds_a_step']/large['batch']/3600),
-                 memory_gib=round(fixed + 256*an_image, 1), what=f'extrapolated from 3 steps of {large["batch"]} images')]
+    memory, an_hour = fixed + 256*an_image, 3600*large['batch']/large['seconds_a_step']
+    rows = [dict(hardware=machine('cpu'), processors=1, hours=round(images/an_hour), memory_gib=round(memory, 1),
+                 what=f'extrapolated from 3 steps of {large["batch"]} images')]
     for name, peak in PEAKS.items():
         for n in GPUS:
             hours = images*large['gflop_an_image']/(n*share*peak*1e3)/3600
