@@ -91,8 +91,8 @@ def main():
     fixed = large['peak_gib'] - large['batch']*an_image
     share, origin = utilisation()
     memory, an_hour = fixed + 256*an_image, 3600*large['batch']/large['seconds_a_step']
-    rows = [dict(hardware=machine('cpu'), processors=1, hours=round(images/an_hour), memory_gib=round(memory, 1),
-                 what=f'extrapolated from 3 steps of {large["batch"]} images')]
+    rows = [dict(hardware=machine('cpu'), processors=1, hours=round(images/an_hour),
+                 memory_gib=round(memory, 1), what=f'extrapolated from 3 steps of {large["batch"]}')]
     for name, peak in PEAKS.items():
         for n in GPUS:
             hours = images*large['gflop_an_image']/(n*share*peak*1e3)/3600
