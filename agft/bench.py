@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
 from . import __version__
-from .config import EvalConfig, EvaluateConfig, Recipe, as_dict, recorded
+from .config import EvalConfig, EvaluateConfig, MethodConfig, Recipe, as_dict, recorded
 from .core import cached_json, check_same, file_digests, open_run, parallel_map, pick_device
 from .data import Task, task_of, tasks_of
 from .diagnostics import Trained, calibration_rows, cost_rows, embedding_rows
@@ -20,14 +20,14 @@ from .evaluation import evaluate_threats
 from .model import fingerprint, interpolate
 from .report import hypervolume, machine
 from .results import MEAN, Record, Results, Run, attack_and_radius, paired, summarise, table
-from .search import Trial, run_dir, search_all, training_seconds, with_rates
+from .search import Trial, run_dir, search_all, search_method, training_seconds, with_settings
 from .threats import Threat, load_plugins, threats_of
 from .train import finetune
 from .weights import load_model, read_notes, save_model
 
 # %% auto #0
-__all__ = ['Runs', 'test_tasks', 'train_all', 'evaluate_source', 'evaluate_all', 'records_of', 'differences', 'quick', 'describe',
-           'bench']
+__all__ = ['Runs', 'test_tasks', 'train_all', 'evaluate_source', 'evaluate_all', 'records_of', 'too_hard', 'differences', 'quick',
+           'describe', 'bench']
 
 # %% ../nbs/21_bench.ipynb #a0d09983
 def test_tasks(
@@ -100,27 +100,38 @@ def records_of(
     section:str='main',
     only:str='all',    # all rows, or `brief`: the source task and the zero-shot mean
     first_seed:int=0,  # seed of the first run
+    left_out:Collection[str]=(), # tasks that no mean contains
 )->list[Record]:
     "The records of a comparison; several attacks of one radius also have a worst case."
     records = []
     for label, methods in runs.items():
         attack, eps = attack_and_radius(label, eval)
         for method, found in methods.items():
-            records += summarise(method, found, attack, eval.norm, eps, source, section, only, first_seed)
+            records += summarise(method, found, attack, eval.norm, eps, source, section, only, first_seed,
+                                 left_out)
     return records
+
+def too_hard(
+    original:Run,      # of the pre-trained model
+    source:str,        # task of the fine-tuning
+)->list[str]:          # names of tasks
+    "The zero-shot tasks that the pre-trained model cannot do: clean accuracy below three times chance."
+    hard = [task for task, flags in original.items() if flags.clean.mean() < 3*flags.chance]
+    return [task for task in hard if task != source]
 
 # %% ../nbs/21_bench.ipynb #95eb14b4
 def differences(
     runs:Runs,
     source:str,        # task of the fine-tuning; it is left out
     method:str='AGFT',
+    left_out:Collection[str]=(), # more tasks that are left out
 )->list[dict]:         # rows: threat, method, other, kind, difference, low, high, p
     "One method minus each other, mean over the zero-shot tasks."
     rows = []
     for label, methods in runs.items():
         if method not in methods:
             continue
-        tasks = [task for task in methods[method][0] if task != source]
+        tasks = [task for task in methods[method][0] if task != source and task not in left_out]
         for other, kind in product(methods, ('clean', 'robust')):
             if other == method:
                 continue
@@ -132,17 +143,18 @@ def differences(
 def _ablation_models(
     recipe:Recipe, out:Path, device:str,
 )->list[Trained]:
-    "AGFT over γ and the student's logit scale, at AGFT's learning rate (the paper's Table 8)."
-    own = load_model(recipe.model.name).logit_scale
-    agft, jobs, names = recipe.methods['AGFT'], [], []
-    for gamma, times in product(recipe.protocol.ablation.gamma, recipe.protocol.ablation.scale):
-        variant = replace(agft, gamma=gamma, logit_scale=round(times*own, 1))
-        changed = replace(recipe, methods={**recipe.methods, 'AGFT': variant})
-        name = 'AGFT' if variant == agft else f'ablation-{gamma}-{times}'
-        jobs.append((changed, 'AGFT', recipe.seed, run_dir(out, name, agft.lr, recipe.seed), device))
-        names.append(f'γ {gamma}, 1/τ {times*own:.0f}')
-    sources = parallel_map(_train, jobs, device, 'training the ablation')
-    return [Trained(name, recipe.seed, source) for name, source in zip(names, sources, strict=True)]
+    "AGFT over γ and the student's logit scale, each pair at its own learning rate (the paper's Table 8)."
+    own, ablation = load_model(recipe.model.name).logit_scale, recipe.protocol.ablation
+    jobs, models = [], []
+    for gamma, times in product(ablation.gamma, ablation.scale):
+        start = replace(recipe.methods['AGFT'], gamma=gamma, logit_scale=round(times*own, 1))
+        jobs.append((recipe, start, out, device, ('lr',), ablation.trials))
+    found = parallel_map(search_method, jobs, device, 'searching rates of the ablation')
+    for (_, start, *_), trials in zip(jobs, found, strict=True):
+        best = next(replace(start, lr=trial.lr) for trial in trials if trial.chosen)
+        name = f'γ {best.gamma:g}, 1/τ {best.logit_scale:.0f}'
+        models.append(Trained(name, recipe.seed, str(run_dir(out, best, recipe.seed)/'model.safetensors')))
+    return models
 
 def _interpolated_models(
     recipe:Recipe, out:Path, models:Sequence[Trained], # one of each method
@@ -186,7 +198,8 @@ def quick(
     bench, few = recipe.protocol, dict(images=8)
     strong = replace(bench.strong, attacks=bench.strong.attacks[:2], **few)
     unseen = replace(bench.unseen, attacks=bench.unseen.attacks[:2], **few)
-    ablation = replace(bench.ablation, gamma=bench.ablation.gamma[:2], scale=bench.ablation.scale[:1], **few)
+    gamma, scale = bench.ablation.gamma[:2], bench.ablation.scale[:1]
+    ablation = replace(bench.ablation, gamma=gamma, scale=scale, trials=1, **few)
     weights = replace(bench.weights, shares=bench.weights.shares[:1], **few)
     sweep, calibration = replace(bench.sweep, **few), replace(bench.calibration, **few)
     short = replace(bench, seeds=2, images=16, sweep=sweep, strong=strong, unseen=unseen, ablation=ablation,
@@ -200,6 +213,7 @@ class _Bench:
     def __init__(self, recipe:Recipe, out:Path, device:str):
         self.recipe, self.out, self.device, self.source = recipe, out, device, recipe.data.source
         self._tasks:dict[int|None, list[Task]] = {}
+        self.left_out:list[str] = []  # tasks that no mean contains; known after the first section
 
     def tasks(self, n:int|None)->list[Task]:
         "The test tasks with `n` images each, read once."
@@ -217,7 +231,9 @@ class _Bench:
         "Evaluate models and summarise."
         tasks = self.tasks(eval.images)
         runs = evaluate_all(self.recipe, models, tasks, eval, self.out/name, self.device)
-        return runs, records_of(runs, eval, self.source, name, only, self.recipe.seed)
+        if name == 'main':
+            self.left_out = too_hard(next(iter(runs.values()))['CLIP'][0], self.source)
+        return runs, records_of(runs, eval, self.source, name, only, self.recipe.seed, self.left_out)
 
 def describe(
     threats:Sequence[Threat],
@@ -252,7 +268,8 @@ def _sections(
     for name, eval in (('sweep', protocol.sweep), ('strong', protocol.strong), ('unseen', protocol.unseen)):
         records += parts.section(name, first, eval)[1]
     more, tables = _variants(parts, first)
-    eps, device, tasks = recipe.eval.eps[0], parts.device, parts.tasks(protocol.calibration.images)
+    eps, device = recipe.eval.eps[0], parts.device
+    tasks = [task for task in parts.tasks(protocol.calibration.images) if task.name not in parts.left_out]
     shown = [model for model in first if model.method in ('CLIP', 'TeCoA', 'AGFT')]
     drawn = task_of(recipe.data, protocol.calibration.tsne, protocol.images)
     tables |= calibration_rows(recipe, first, tasks, eps, out/'calibration', device)
@@ -262,7 +279,7 @@ def _sections(
         out/'tsne.json', lambda: embedding_rows(recipe, shown, drawn, eps, device), inputs)
     tables['cost'] = cached_json(
         out/'cost.json', lambda: cost_rows(recipe, device), dict(config=recorded(recipe)))
-    tables['paired'] = differences(runs, parts.source)
+    tables['paired'] = differences(runs, parts.source, left_out=parts.left_out)
     return Results.from_records(records + more, tables={name: table(rows) for name, rows in tables.items()})
 
 def bench(
@@ -291,10 +308,15 @@ def bench(
             machine=machine(pick_device(device)),
             seeds=protocol.seeds,
             threats=describe(threats_of(recipe.eval), parts.tasks(protocol.images)),
+            left_out=parts.left_out,
             training_seconds=training_seconds(parts.out),
             seconds=round(time.time() - began, 1))
         results.save(parts.out/'results.json')
     return results
+
+def _not_searched(method:MethodConfig)->Trial:
+    settings = method.lr or 0., method.gamma, method.logit_scale
+    return Trial(method.name, *settings, None, None, None, None, None, True, '')
 
 def _run_bench(
     parts:_Bench, search:bool,
@@ -302,10 +324,9 @@ def _run_bench(
     "Search, train, evaluate."
     out, methods = parts.out, [*parts.recipe.methods]
     trials = search_all(parts.recipe, methods, out, parts.device) if search else []
-    recipe = parts.recipe = with_rates(parts.recipe, trials)
-    def folder(method:str, seed:int)->Path: return run_dir(out, method, recipe.method(method).lr, seed)
+    recipe = parts.recipe = with_settings(parts.recipe, trials)
+    def folder(method:str, seed:int)->Path: return run_dir(out, recipe.method(method), seed)
     results = _sections(parts, train_all(recipe, methods, recipe.protocol.seeds, folder, parts.device))
-    given = [Trial(method, recipe.method(method).lr or 0., None, None, True, '') for method in methods]
-    results.tables['lr'] = table(trials or given)
+    results.tables['trials'] = table(trials or [_not_searched(recipe.method(method)) for method in methods])
     results.config = as_dict(recipe)
     return results

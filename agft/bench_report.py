@@ -56,9 +56,10 @@ def cost_table(
 def rates_table(
     results:Results,   # of a benchmark
 )->pd.DataFrame:
-    "The learning rates that were tried, on the validation images of the source task."
-    trials = results.tables['lr']
-    texts = {kind: trials[kind].map(percent, na_action='ignore') for kind in ('clean', 'robust')}
+    "The settings that were tried, on the validation images of the source task."
+    trials = results.tables['trials']
+    shares = trials.columns.intersection(['clean', 'robust', 'kept', 'kept_robust', 'score'])
+    texts = {kind: trials[kind].map(percent, na_action='ignore') for kind in shares}
     return trials.assign(**texts).set_index('method').drop(columns='diverged')
 
 # %% ../nbs/22_bench_report.ipynb #2a518da0

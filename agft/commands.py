@@ -117,7 +117,7 @@ def _under(results:Results, label:str)->Results:
     row = frame[frame.threat == label].iloc[0]
     return results.select(attack=row.attack, norm=row.norm, eps=row.eps)
 
-_PERCENT = 'in percent; robust: correct clean and under attack; ±: standard deviation over seeds'
+_PERCENT = 'in percent; robust: as the threats below count; ±: standard deviation over seeds'
 
 def _demo_page(
     recipe:Recipe, results:Results, models:Sequence[Trained], task:Task, threat:Threat,
@@ -258,8 +258,8 @@ def tune(
     out:str|Path,        # directory of the runs and tune.json
     device:str='auto',   # auto, cpu or cuda
     command:str='',      # for the results
-)->Results:              # without accuracies; the table `lr` holds every rate that was tried
-    "Search the learning rates of the demonstration's methods; the benchmark searches for all methods itself."
+)->Results:              # without accuracies; the table `trials` holds all settings that were tried
+    "Search the settings of the demonstration's methods; the benchmark searches for all methods itself."
     began = time.time()
     load_plugins(recipe.plugins)
     original = load_model(recipe.model.name, resize=recipe.model.resize)
@@ -267,12 +267,13 @@ def tune(
     inputs = dict(teacher=fingerprint(original), tasks={val.name: val.digest()})
     with open_run(out, _run('tune', recipe, inputs)) as folder:
         trials = search_all(recipe, recipe.demo, folder, device)
-        more = dict(images=recipe.search.images, split='val', score='clean + robust')
+        more = dict(images=recipe.search.images, split='val')
         more |= dict(training_seconds=training_seconds(folder))
         about = _about(command, threats_of(recipe.eval)[:1], [val], device, began, **more)
-        results = Results.from_records([], about=about, config=as_dict(recipe), tables=dict(lr=table(trials)))
+        tables = dict(trials=table(trials))
+        results = Results.from_records([], about=about, config=as_dict(recipe), tables=tables)
         results.save(folder/'tune.json')
-    print(markdown(results.tables['lr'].drop(columns='diverged'), 4, index=False))
+    print(markdown(results.tables['trials'].drop(columns='diverged'), 4, index=False))
     return results
 
 def run_bench(

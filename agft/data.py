@@ -42,11 +42,11 @@ from agft.registry import (
     templates_of,
     undecodable,
 )
-from .world import SPLITS, WORLD_TASKS, world_task
+from .world import FIELDS, SPLITS, WORLD_TASKS, caption, sample, world_task
 
 # %% auto #0
 __all__ = ['PHOTO_ARCHIVES', 'TASKS', 'check_prompts', 'Task', 'archives_dir', 'read_archive', 'held_out', 'load_task',
-           'load_tasks', 'tell_apart', 'check_distinct', 'tasks_of', 'task_of', 'batch_indices']
+           'load_tasks', 'tell_apart', 'check_distinct', 'tasks_of', 'task_of', 'bank_sentences', 'batch_indices']
 
 # %% ../nbs/05_data.ipynb #86c71289
 def _texts(
@@ -147,6 +147,7 @@ class Task:
     classes:tuple[str, ...]     # C names, none empty, no two alike
     templates:tuple[str, ...]   # prompts with '{}' for the name
     covered:tuple[int, ...]|None = None # classes whose name has a feature of OpenAI's CLIP; None: not known
+    captions:tuple[str, ...]|None = None # N captions, one of each image; None: there are none
 
     def __post_init__(self):
         _check_name(self.name)
@@ -160,6 +161,10 @@ class Task:
         check(x.dtype == torch.uint8, f'{who}: images have dtype {x.dtype}; allowed: uint8, 0 to 255')
         check(len(x) > 0, f'{who}: no images; allowed: 1 or more')
         self._keep('images', x)
+        if self.captions is not None:
+            self._keep('captions', _texts(self.captions, f'{who}: captions'))
+            n = len(self.captions)
+            check(n == len(x), f'{who}: {len(x)} images and {n} captions; allowed: as many of each')
         if self.labels is not None:
             self._keep('labels', _as_numbers(self.labels, who))
             self._check_labels(self.labels)
@@ -211,7 +216,8 @@ class Task:
         answers = len(self) if self.labels is None else self.labels.tolist()
         x = self.images
         images = x.digest() if isinstance(x, Images) else _hash_tensor(x)
-        question = json.dumps([self.classes, self.templates, self.resolution, answers, images])
+        captions = [] if self.captions is None else [self.captions]
+        question = json.dumps([self.classes, self.templates, self.resolution, answers, images, *captions])
         return hashlib.sha256(question.encode()).hexdigest()[:12]
 
     def subset(self,
@@ -231,7 +237,8 @@ class Task:
         "The images of these numbers, in this order; the classes stay."
         keep = torch.as_tensor(keep)
         labels = None if self.labels is None else self.labels[keep]
-        return replace(self, images=self.images.index_select(0, keep), labels=labels)
+        captions = None if self.captions is None else tuple(self.captions[i] for i in keep.tolist())
+        return replace(self, images=self.images.index_select(0, keep), labels=labels, captions=captions)
 
     @staticmethod
     def from_tensors(
@@ -240,12 +247,14 @@ class Task:
         labels:Tensor|np.ndarray|Sequence[int]|None, # N class numbers; None: no labels
         classes:Sequence[str],                       # C class names
         templates:Sequence[str]=('a photo of a {}.',), # prompts with '{}'
+        captions:Sequence[str]|None=None,            # N captions, one of each image; None: there are none
     )->Task:
         "A task from tensors or arrays; float images are multiplied by 255 and rounded to uint8."
         x = _as_images(images, f'{name}: images')
         x = x if isinstance(x, Images) else _as_uint8(x, f'{name}: images').cpu()
         numbers = None if labels is None else _as_numbers(labels, name)
-        return Task(name, x, numbers, _texts(classes, 'class names'), _texts(templates, 'templates'))
+        names, asked = _texts(classes, 'class names'), _texts(templates, 'templates')
+        return Task(name, x, numbers, names, asked, captions=None if captions is None else tuple(captions))
 
     @staticmethod
     def from_dataset(
@@ -506,7 +515,8 @@ PHOTO_ARCHIVES = {'tinyimagenet': 'tinyimagenet_val', 'cifar10': 'cifar10_test',
                   'eurosat': 'eurosat'} # task name -> photograph archive of its test split
 
 def _world(name:str, n:int|None, seed:int, split:str)->Task:
-    return Task(name, *world_task(name, n or 1000, seed, split))
+    images, labels, classes, templates, captions = world_task(name, n or 1000, seed, split)
+    return Task(name, images, labels, classes, templates, captions=captions)
 
 def _tiny_imagenet(
     split:str,   # train or val
@@ -543,6 +553,14 @@ def _choose_split(task:Task, split:str)->Task:
     "The training or the held-out images, in the order in which they lie on the disk."
     return task.choose(held_out(len(task), split).sort().values)
 
+def _merged(
+    names:Sequence[str], # of the official classes
+    labels:Tensor,       # (N,) int64, indices into the official classes
+)->tuple[tuple[str, ...], Tensor]: # names, each once; labels (N,) int64, indices into them
+    "Official classes of one name are one class: the two folders of faces of Caltech101, both *person*."
+    distinct = list(dict.fromkeys(names))
+    return tuple(distinct), torch.tensor([distinct.index(name) for name in names])[labels]
+
 def _published(
     name:str, n:int|None, seed:int, split:str, root:str|Path, prompts:str|Sequence[str], size:int|None,
 )->Task:
@@ -551,7 +569,8 @@ def _published(
     published = data_set(name).counts[part]
     if len(y) != published:
         warnings.warn(f'{name}: {len(y)} images in {root}; {published} were published', stacklevel=3)
-    task = Task(name, x, y, classes_of(name)[1], templates_of(name, prompts))
+    classes, y = _merged(classes_of(name, prompts)[1], y)
+    task = Task(name, x, y, classes, templates_of(name, prompts))
     if split != 'test':
         task = _choose_split(task, split)
     return task.subset(n, seed)
@@ -591,6 +610,7 @@ def _own(
         beside = f'folders beside the splits are left out: {", ".join(others)}'
         x.note = '; '.join(filter(None, [x.note, beside]))
         warnings.warn(f'{folder}: {beside}', stacklevel=3)
+    prompts = 'plain' if prompts == 'agft' else prompts # the paper has no sentence for other images
     task = Task(name, x, y, classes, templates_of(folder.name, prompts))
     if split != 'test' and 'val' not in there:
         task = _choose_split(task, split)
@@ -610,7 +630,7 @@ def load_task(
     seed:int=0,              # which images
     split:str='test',        # train, val or test
     root:str|Path|None=None, # data folder with published data sets
-    prompts:str|Sequence[str]='paper', # of published sets and folders: paper, openai, or sentences with '{}'
+    prompts:str|Sequence[str]='plain', # of published sets and folders: agft, plain, openai, or sentences
     size:int|None=None,      # pixels that photographs are brought to; None is the data set's own rule
 )->Task:
     "Make the task `name`."
@@ -638,7 +658,7 @@ def load_tasks(
     seed:int=0,              # which images
     split:str='test',        # train, val or test
     root:str|Path|None=None, # data folder with published data sets
-    prompts:str|Sequence[str]='paper', # of published sets and folders: paper, openai, or sentences with '{}'
+    prompts:str|Sequence[str]='plain', # of published sets and folders: agft, plain, openai, or sentences
     size:int|None=None,      # pixels that photographs are brought to; None is the data set's own rule
 )->list[Task]:
     "Make several tasks; folders with the same last part are told apart by more of their paths."
@@ -698,6 +718,59 @@ def task_of(
         if 'images asked for' not in str(e):
             raise
         raise type(e)(f'{e}; set --{option} to a smaller number, or to None for all images') from None
+
+# %% ../nbs/05_data.ipynb #bank0002
+_BANKS = 'world', 'names', 'clip-names', 'wordnet'
+
+def _world_captions(n:int, seed:int)->list[str]:
+    "Different captions of drawn images."
+    generator, found = seeded('bank', seed), {}
+    while len(found) < n:
+        found |= dict.fromkeys(caption(sample(n, generator), generator, list(FIELDS)))
+    return [*found][:n]
+
+def _known_names()->list[str]:
+    "The class names of all public data sets."
+    names = {_spoken(name): name for data in DATA_SETS for name in classes_of(data)[1]}
+    return [f'a photo of a {name}.' for name in names.values()]
+
+def _clip_names()->list[str]:
+    folder = archives_dir()
+    if folder is None or not (folder/'clip_text_vitb32.json').is_file():
+        raise AgftError('the bank clip-names needs clip_text_vitb32.json; set AGFT_DATA to its folder')
+    names = read_json(folder/'clip_text_vitb32.json')['names']
+    return [f'a {name}' for name in dict.fromkeys(map(_spoken, names))]
+
+def _wordnet_nouns()->list[str]:
+    try:
+        from nltk.corpus import wordnet  # pyright: ignore[reportMissingImports]
+        names = {name.replace('_', ' ').lower() for name in wordnet.all_lemma_names('n')}
+    except (ImportError, LookupError) as e:
+        raise AgftError('the bank wordnet needs nltk and its data: pip install nltk, then '
+                        'python -m nltk.downloader wordnet') from e
+    return [f'a photo of a {name}.' for name in sorted(names)]
+
+def _read_lines(file:str)->list[str]:
+    check(os.path.isfile(file), f'bank {file!r}; allowed: {", ".join(_BANKS)}, or a text file')
+    with readable(file):
+        text = Path(file).read_text(encoding='utf-8')
+    return [*dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())]
+
+def bank_sentences(
+    bank:str,          # world, names, clip-names, wordnet, or a text file with a sentence in each line
+    n:int|None=None,   # how many; None: all, 1000 of the drawn world
+    seed:int=0,        # which ones
+)->tuple[str, ...]:    # no two alike
+    "The sentences of a bank, in random order."
+    if bank == 'world':
+        return tuple(_world_captions(n or 1000, seed))
+    readers = {'names': _known_names, 'clip-names': _clip_names, 'wordnet': _wordnet_nouns}
+    whole = readers[bank]() if bank in readers else _read_lines(bank)
+    fits = n is None or n <= len(whole)
+    check(fits and len(whole) > 1, f'bank {bank!r} has {len(whole)} sentences; data.bank_size is {n}; '
+          f'allowed: 2 to {len(whole)}')
+    order = torch.randperm(len(whole), generator=seeded('bank', seed))[:n]
+    return tuple(whole[i] for i in order)
 
 # %% ../nbs/05_data.ipynb #38b14fea
 @lru_cache(maxsize=2)

@@ -32,7 +32,7 @@ __all__ = ['FLAGS', 'PROTOCOL', 'Flags', 'write_flags', 'read_flags', 'Digests',
 class Flags:
     "What an evaluation records of the N images of a task."
     clean:np.ndarray      # (N,) bool: classified correctly without an attack
-    robust:np.ndarray     # (N,) bool: classified correctly without and under attack
+    robust:np.ndarray     # (N,) bool: classified correctly without and under attack, or as the threat counts
     zero_grad:np.ndarray  # (N,) bool: attacked, and the input gradient at the clean image is exactly zero
     distance:np.ndarray   # (N,) float: size of the perturbation in the norm of the threat, pixel units
     label:np.ndarray      # (N,) int64: index of the class
@@ -100,11 +100,12 @@ def _evaluate_batch(
     y:Tensor,                   # labels (B,), on the device of `x`
     threat:Threat,
     generator:torch.Generator,  # of everything random in the attack
-    among:Tensor,               # (B,) bool: images that are attacked if they are classified correctly
+    among:Tensor,               # (B,) bool: images that may be attacked
 )->tuple[np.ndarray, ...]:      # the fields `FLAGS`, (B,) each
-    "Classify the clean images, attack those classified correctly, and classify the adversarial images."
+    "Classify the clean images, attack those that can count as robust, and classify the adversarial images."
     clean = ~misclassified(logits_fn, x, y)
-    robust = clean & among.to(clean)
+    counted = clean if threat.attack.counts == 'both' else torch.ones_like(clean)
+    robust = counted & among.to(clean)
     distance = torch.zeros(len(x))
     no_gradient = torch.zeros(len(x), dtype=torch.bool)
     attacked = robust.nonzero()[:, 0]
@@ -211,10 +212,11 @@ def evaluate_tasks(
 def worst_case_flags(
     flags:Sequence[Flags], # of one task under several threats
 )->Flags:                  # distance is that of the first threat
-    "Flags under all threats together: an image is robust only if every attack fails on it."
+    "Flags under all threats together: an image is robust only if it is correct clean and every attack fails."
     worst = flags[0]
     for other in flags[1:]:
-        robust, no_gradient = worst.robust & other.robust, worst.zero_grad | other.zero_grad
+        robust = worst.clean & worst.robust & other.robust
+        no_gradient = worst.zero_grad | other.zero_grad
         worst = replace(worst, robust=robust, zero_grad=no_gradient)
     return worst
 
@@ -253,6 +255,7 @@ def evaluate_threats(
         among = smaller.get((t.name, t.norm))
         found[t.label] = evaluate_tasks(model, tasks, Path(folder)/t.key, t, seed, t.label, among, batch_size,
                                         digests)
-        smaller[t.name, t.norm] = found[t.label]
+        if t.attack.counts == 'both':
+            smaller[t.name, t.norm] = found[t.label]
     _add_worst_cases(found, threats)
     return found

@@ -68,7 +68,7 @@ def _numbers(
     "The table of an evaluation, and where it comes from."
     if results is None:
         return 'No numbers were given.'
-    meaning = 'Percent. Robust: the share of images that are correct both clean and under attack.'
+    meaning = 'Percent. Robust: the share of images that are robust as the threat below defines it.'
     return f'{markdown(by_task(results))}\n\n{meaning} {results.provenance()}'
 
 def _threat_model(

@@ -190,7 +190,7 @@ def read_log(
 class Validation(NamedTuple):
     "What is measured while a run trains."
     every:int             # steps between two measurements; the end of the run is measured, too
-    measure:Callable      # without arguments -> dict of accuracies in [0,1], the same in all processes
+    measure:Callable      # without arguments -> dict of `clean`, `robust` and more, the same in all processes
     save_best:Callable    # called with the number of steps and the accuracies of the best weights so far
 
 def fit(
@@ -261,7 +261,7 @@ class _Loop:
         if due is None or (self.step % due.every and self.step < self.optim.steps):
             return {}
         found = due.measure()
-        score = sum(found.values())
+        score = found['clean'] + found['robust']
         if score > self.best:
             self.best = score
             if self.first:

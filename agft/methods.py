@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Numbers', 'METHODS', 'soft_targets', 'soft_cross_entropy', 'Models', 'Batch', 'Method', 'register_method', 'method',
            'method_of', 'TeCoA', 'Clean', 'AGFT', 'Soft', 'TradesAGFT', 'PMGAFT', 'PMGAFTMean', 'attention_map',
-           'TGAZSR', 'FARE']
+           'TGAZSR', 'TGAZSRMean', 'FARE', 'AdvFLYP']
 
 # %% ../nbs/10_methods.ipynb #075841db
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -45,23 +45,27 @@ class Models(NamedTuple):
     "The models of a training step."
     student:ZeroShotCLIP   # is tuned
     teacher:ZeroShotCLIP   # the same encoder as it was before, frozen
-    head:Tensor            # unit rows (C,D): the prompts of the source task
+    head:Tensor            # unit rows (C,D): the prompts of the source task, or the sentences of a bank
 
 Numbers = dict[str, Tensor] # for the log: scalars without gradient, on the device
 
 class Batch(NamedTuple):
     "The data of a training step."
     x:Tensor               # clean pixels (B,3,H,W) in [0,1]
-    y:Tensor|None          # labels (B,); None for unlabelled images
+    y:Tensor|None          # labels (B,), rows of the head; None for unlabelled images and for a bank
     teacher_features:Tensor|None=None # what `Method.teacher_features` returned for `x`, (B,…)
     of_batch:float=1.      # images of the whole batch for each image here
+    captions:Tensor|None=None # unit rows (B,D), the captions of the images; None: they have none
 
 # %% ../nbs/10_methods.ipynb #4f58fed8
 @dataclass(frozen=True)
 class Method:
     "What the training loop asks; a method overrides what it answers differently."
     logit_scale:float=100. # 1/τ of the student in training, above 0
-    reads_labels:ClassVar[bool] = False # whether it needs labels
+    reads_labels:ClassVar[bool] = False   # whether it needs labels
+    reads_captions:ClassVar[bool] = False # whether it needs a caption of each image
+    model_scale:ClassVar[bool] = True     # settings without a logit scale mean the pre-trained model's own
+    searched:ClassVar[tuple[str, ...]] = ('lr',) # settings of a `MethodConfig` that a search chooses
     # (outputs (B,K), target) -> value (B,) and its gradient at the outputs (B,K); None: no attack
     attack_loss:ClassVar[Callable|None] = staticmethod(cross_entropy)
 
@@ -72,6 +76,12 @@ class Method:
         model:ZeroShotCLIP,
     ):
         "Raise `AgftError` for an encoder that the method cannot train."
+
+    def at(self,
+        done:float,        # share of the run that is done, in [0,1)
+    )->'Method':
+        "The method at a point of the run; itself where it does not change."
+        return self
 
     def teacher_features(self,
         teacher:ZeroShotCLIP,
@@ -156,7 +166,9 @@ def method_of(
     model:ZeroShotCLIP,  # gives the logit scale, if `config` has none
 )->Method:
     "The method of a configuration."
-    return method(config.name, **dict(logit_scale=model.logit_scale) | config.settings())
+    check_known('method', config.name, METHODS)
+    own = dict(logit_scale=model.logit_scale) if METHODS[config.name].model_scale else {}
+    return method(config.name, **own | config.settings())
 
 # %% ../nbs/10_methods.ipynb #1ced8d94
 @register_method('TeCoA')
@@ -181,12 +193,23 @@ class Clean(TeCoA):
 @dataclass(frozen=True)
 class AGFT(Method):
     "Alignment-guided fine-tuning: the target is the teacher's calibrated distribution (AGFT Eq. 8-10)."
+    searched = 'lr', 'gamma', 'logit_scale'
     logit_scale:float=180. # 1/τ; section 4 of the paper, where CLIP's own is 100
     gamma:float=0.4        # calibration ratio in (0,1]
+    scale_warmup:float=0.  # share of the run in which the student's logit scale rises from γ/τ to 1/τ
 
     def __post_init__(self):
         super().__post_init__()
         check(0 < self.gamma <= 1, f'gamma is {self.gamma}; allowed: above 0, at most 1')
+        check(0 <= self.scale_warmup <= 1, f'scale_warmup is {self.scale_warmup}; allowed: 0 to 1')
+
+    def at(self, done:float)->Method:
+        "During the warm-up the student's logit scale is smaller; that of the target is always γ/τ."
+        if done >= self.scale_warmup:
+            return self
+        target = self.gamma*self.logit_scale
+        scale = target + (self.logit_scale - target)*done/self.scale_warmup
+        return replace(self, logit_scale=scale, gamma=target/scale, scale_warmup=0.)
 
     def teacher_features(self, teacher:ZeroShotCLIP, x:Tensor)->Tensor: # (B,D)
         "Unit embeddings of the clean images."
@@ -205,6 +228,7 @@ def _features(batch:Batch)->Tensor:
 @dataclass(frozen=True)
 class Soft(AGFT):
     "Plain soft labels: no calibration."
+    searched = ('lr',)
     logit_scale:float=100. # CLIP's own
     gamma:float=1.
 
@@ -214,7 +238,7 @@ def _kl(
     q:Tensor,              # logits (B,C)
     reduction:str='mean',  # over the batch: sum or mean
 )->Tensor:                 # scalar, nats
-    "KL(p ‖ q); the gradient reaches both sides."
+    "KL(p ‖ q); the gradient reaches both sides unless one is detached."
     divergence = (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1)
     return divergence.sum() if reduction == 'sum' else divergence.mean()
 
@@ -248,7 +272,9 @@ def _check_weights(alpha:float, beta:float):
 @register_method('PMG-AFT')
 @dataclass(frozen=True)
 class PMGAFT(TeCoA):
-    "Pre-trained model guided adversarial fine-tuning (Wang et al., 2024, Eq. 7)."
+    "Pre-trained model guided adversarial fine-tuning (Wang et al., 2024, Eq. 7), in its official form."
+    model_scale = False
+    logit_scale:float=1.  # of all logits, also of those that the attack ascends
     alpha:float=1.        # weight of the KL divergence from the teacher, 0 or more
     beta:float=1.         # weight of the KL divergence from the clean prediction, 0 or more
     reduction:str='sum'   # of both over the batch: sum as in the official code, or mean
@@ -266,15 +292,17 @@ class PMGAFT(TeCoA):
             teacher = self.logit_scale * models.teacher.cosines(x_adv, models.head)
         ce = soft_cross_entropy(adv, target)
         whole = batch.of_batch if self.reduction == 'sum' else 1.  # the loss of a part is weighted as a mean
-        kl_teacher = _kl(adv, teacher, self.reduction)*whole
-        kl_clean = _kl(adv, clean, self.reduction)*whole
+        kl_teacher = _kl(teacher, adv, self.reduction)*whole
+        kl_clean = _kl(clean, adv, self.reduction)*whole
         numbers = dict(ce=ce.detach(), kl_teacher=kl_teacher.detach(), kl_clean=kl_clean.detach())
         return ce + self.alpha*kl_teacher + self.beta*kl_clean, _robust(adv, batch) | numbers
 
 @register_method('PMG-AFT-mean')
 @dataclass(frozen=True)
 class PMGAFTMean(PMGAFT):
-    "PMG-AFT with divergences that are means over the batch, as AGFT's code re-implements it."
+    "PMG-AFT as AGFT's code re-implements it: CLIP's logit scale, and means over the batch."
+    model_scale = True
+    logit_scale:float=100.
     reduction:str='mean'
 
 # %% ../nbs/10_methods.ipynb #b664f703
@@ -286,11 +314,12 @@ def attention_map(
     "Similarity of every patch with the prompt, stretched to [0,1] (Yu et al., 2024, Eq. 3)."
     visual:Any = model.visual
     last = visual.forward_intermediates(model.normalise(x), 1, normalize_intermediates=True,
-                                        intermediates_only=True, output_fmt='NLC')
-    tokens, = last['image_intermediates'] # (B,patches,width)
+                                        intermediates_only=True, output_fmt='NLC', output_extra_tokens=True)
+    (patches,), (first,) = last['image_intermediates'], last['image_intermediates_prefix']
     h, w = visual.grid_size
-    patches = F.normalize((tokens[:, :h*w] @ visual.proj).float(), dim=-1)
-    similarity = torch.einsum('bnd,bd->bn', patches, text)
+    tokens = torch.cat([first, patches[:, :h*w]], 1) @ visual.proj   # (B,1+patches,D)
+    normalised = F.normalize(tokens.float(), dim=1)  # each dimension over the tokens, as officially
+    similarity = torch.einsum('bnd,bd->bn', normalised[:, 1:], text)
     low, high = similarity.amin(1, keepdim=True), similarity.amax(1, keepdim=True)
     stretched = ((similarity - low)/(high - low)).view(-1, 1, h, w)
     return F.interpolate(stretched, model.size, mode='bilinear').flatten(1)
@@ -317,19 +346,35 @@ class TGAZSR(TeCoA):
         check(not pooled, f'TGA-ZSR compares each patch with the prompts, and {model.name} pools its patches '
               'before it projects them, as CoCa does; allowed: a vision transformer of CLIP')
 
+    def distance(self,
+        change:Tensor,     # (B, H·W), difference of two maps
+    )->Tensor:             # (B,)
+        "The Euclidean length."
+        return torch.linalg.vector_norm(change, dim=1)
+
     def loss(self, models:Models, batch:Batch, x_adv:Tensor, target:Tensor)->tuple[Tensor, Numbers]:
         "Cross-entropy, and the distances of two maps from the teacher's."
         logits = self.logits(models, x_adv)
         text = models.head[target]
         with torch.no_grad():
             teacher_map = attention_map(models.teacher, batch.x, text)
-        def distance(x:Tensor)->Tensor:
-            change = attention_map(models.student, x, text) - teacher_map
-            return torch.linalg.vector_norm(change, dim=1).mean()
+        def distance(x:Tensor)->Tensor: # scalar
+            return self.distance(attention_map(models.student, x, text) - teacher_map).mean()
         map_adv, map_clean = distance(x_adv), distance(batch.x)
         ce = soft_cross_entropy(logits, target)
         numbers = dict(ce=ce.detach(), map_adv=map_adv.detach(), map_clean=map_clean.detach())
         return ce + self.alpha*map_adv + self.beta*map_clean, _robust(logits, batch) | numbers
+
+@register_method('TGA-ZSR-mean')
+@dataclass(frozen=True)
+class TGAZSRMean(TGAZSR):
+    "TGA-ZSR as AGFT's code re-implements it: mean absolute differences, and the two weights exchanged."
+    alpha:float=0.05
+    beta:float=0.08
+
+    def distance(self, change:Tensor)->Tensor: # (B,)
+        "The mean absolute difference: the norm along an axis of size one, then the mean."
+        return change.abs().mean(1)
 
 # %% ../nbs/10_methods.ipynb #8e342901
 def _squared_norm(
@@ -362,3 +407,53 @@ class FARE(Method):
         change = self.outputs(models, batch, x_adv)
         logits = (change + _features(batch)) @ models.head.T
         return change.square().sum(1).mean(), _robust(logits, batch)
+
+# %% ../nbs/10_methods.ipynb #flyp0002
+def _info_nce(
+    outputs:Tensor,           # (B,B) logits of each image and each caption of the batch
+    target:Tensor,            # (B,) which caption belongs to each image
+)->tuple[Tensor, Tensor]:     # value (B,), gradient (B,B)
+    "InfoNCE from images to captions and back, as a loss for the attacks; it couples the images of a batch."
+    by_image, image_gradient = cross_entropy(outputs, target)
+    by_caption, caption_gradient = cross_entropy(outputs.T, target)
+    return (by_image + by_caption)/2, (image_gradient + caption_gradient.T)/2
+
+@register_method('AdvFLYP')
+@dataclass(frozen=True)
+class AdvFLYP(Method):
+    "Contrastive fine-tuning on adversarial images and their captions (Xing et al., 2026)."
+    reads_captions = True
+    attack_loss = staticmethod(_info_nce)
+    alpha:float=1.            # weight of the distances of embeddings, 0 or more
+    beta:float=1.             # weight of the KL divergences, 0 or more
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_weights(self.alpha, self.beta)
+
+    def target(self, models:Models, batch:Batch)->Tensor: # (B,)
+        "The numbers of the captions: each image has its own."
+        return torch.arange(len(batch.x), device=batch.x.device)
+
+    def outputs(self, models:Models, batch:Batch, x:Tensor)->Tensor: # (B,B)
+        "The logits of images and captions."
+        return self.logit_scale * models.student.cosines(x, _captions(batch))
+
+    def loss(self, models:Models, batch:Batch, x_adv:Tensor, target:Tensor)->tuple[Tensor, Numbers]:
+        "InfoNCE, distances of embeddings and KL divergences."
+        captions = _captions(batch)
+        with torch.no_grad():
+            teacher = models.teacher.encode_image(x_adv)
+        adv, clean = models.student.encode_image(x_adv), models.student.encode_image(batch.x)
+        logits, *others = [self.logit_scale * z @ captions.T for z in (adv, teacher, clean)]
+        nce = (soft_cross_entropy(logits, target) + soft_cross_entropy(logits.T, target))/2
+        lengths = [torch.linalg.vector_norm(adv - z, dim=1).mean() for z in (teacher, clean)]
+        distance = torch.stack(lengths).sum()
+        kl = torch.stack([_kl(logits, other) for other in others]).sum()
+        numbers = dict(nce=nce.detach(), distance=distance.detach(), kl=kl.detach())
+        return nce + self.alpha*distance + self.beta*kl, _robust(adv @ models.head.T, batch) | numbers
+
+def _captions(batch:Batch)->Tensor:
+    "The captions of a batch; a batch without them is a mistake of the caller."
+    assert batch.captions is not None, 'the batch has no captions'
+    return batch.captions

@@ -39,8 +39,12 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from timm.models import ByoBlockCfg, ByobNet, ByoModelCfg, register_model
 
 # %% ../nbs/06_model.ipynb #a50dcc14
-# what `F.interpolate` is told
-RESIZE = {'bilinear': dict(mode='bilinear'), 'bicubic': dict(mode='bicubic', antialias=True)}
+# what `F.interpolate` is told; the two bicubic rules have different kernels, also when they enlarge
+RESIZE = {
+    'bilinear': dict(mode='bilinear'),
+    'bicubic': dict(mode='bicubic', antialias=True),  # AGFT's code, and torchvision's Resize
+    'bicubic-plain': dict(mode='bicubic'),            # the code of TeCoA, PMG-AFT, TGA-ZSR and AdvFLYP
+}
 
 def _check_embeddings(
     rows:object,   # what an encoder returned

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import subprocess
@@ -32,6 +33,7 @@ from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
+from .config import PROMPT_NAMES
 from agft.core import (
     AgftError,
     asset,
@@ -292,13 +294,14 @@ class Images:
         return (self[i:i + n] for i in range(0, len(self), n))
 
 # %% ../nbs/04_registry.ipynb #reg00014
-_PAPER_PROMPTS = ('This is a photo of a {}',) # the one sentence of TeCoA, PMG-AFT and AGFT
-
 # open_clip gives these two classes the names of two others
 _RENAMED = dict(n04008634='projectile', n04355933='sunglass')
 
 @cache
 def _class_names()->dict: return read_json(asset('class_names.json'))
+
+@cache
+def _paper_questions()->dict: return read_json(asset('paper_questions.json'))
 
 @cache
 def _wnids(
@@ -316,28 +319,58 @@ def _imagenet_words()->dict[str, str]:
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
     return dict(zip(_wnids(), IMAGENET_CLASSNAMES, strict=True)) | _RENAMED
 
+def _spelled(name:str)->str: return re.sub('[-_/]', ' ', name.lower())
+
+_PAPER_RULES:dict[str, Callable[[str], str]] = dict( # official class -> its words in the paper's code
+    caltech101=lambda c: 'person' if c.startswith('Faces') else _spelled(c),
+    fgvc_aircraft=lambda c: f'Boeing {c}' if c.startswith('7') else c,
+    stanford_cars=lambda c: c[:-len(' 2012')].replace('-', ' '))
+
+def _paper_words(
+    name:str,              # key of `DATA_SETS`
+    classes:Sequence[str], # C official classes; of ImageNet WordNet numbers
+    words:Sequence[str],   # C words of `class_names.json`
+)->tuple[str, ...]:        # C words; two are alike for the faces of Caltech101 only
+    "The words of the paper's code; classes that share a name there keep the words of `class_names.json`."
+    asked = _paper_questions()
+    if 'imagenet' in name:
+        theirs = [asked['imagenet'][wnid] for wnid in classes]
+    elif name in _PAPER_RULES:
+        theirs = [*map(_PAPER_RULES[name], classes)]
+    else:
+        theirs = asked['words'].get(name) or [*map(_spelled, words)]
+    count = Counter(map(str.lower, theirs))
+    shared = {word for word, n in count.items() if n > 1} - {'person'}  # the faces are one class
+    return tuple(own if it.lower() in shared else it for it, own in zip(theirs, words, strict=True))
+
 def classes_of(
-    name:str, # key of `DATA_SETS`
+    name:str,                          # key of `DATA_SETS`
+    prompts:str|Sequence[str]='plain', # as `templates_of` takes them; with agft the words are the paper's
 )->tuple[tuple[str, ...], tuple[str, ...]]: # official classes, and their words, in the order of the labels
     "The classes as the files name them, and the words that stand for them in a prompt."
-    if not name.startswith('imagenet'):
+    if name.startswith('imagenet'):
+        classes = _wnids(name) if name in ('imagenet_a', 'imagenet_r') else _wnids()
+        words = tuple(map(_imagenet_words().__getitem__, classes))
+    else:
         found = _class_names()['sets'][name]
-        return tuple(found['classes']), tuple(found['names'])
-    wnids = _wnids(name) if name in ('imagenet_a', 'imagenet_r') else _wnids()
-    words = tuple(map(_imagenet_words().__getitem__, wnids))
-    return (tuple(map(str, range(1000))) if name == 'imagenet_v2' else wnids), words
+        classes, words = tuple(found['classes']), tuple(found['names'])
+    if prompts == 'agft':
+        words = _paper_words(name, classes, words)
+    return (tuple(map(str, range(1000))) if name == 'imagenet_v2' else classes), words
 
 def templates_of(
-    name:str,                          # key of `DATA_SETS`; any other name gets ImageNet's ensemble
-    prompts:str|Sequence[str]='paper', # paper, openai for its ensembles, or sentences with '{}'
+    name:str,                          # key of `DATA_SETS`; any other name has ImageNet's sentences
+    prompts:str|Sequence[str]='plain', # agft, plain, openai, or sentences with '{}'
 )->tuple[str, ...]:
     "The prompts of a data set."
     if not isinstance(prompts, str):
         check(isinstance(prompts, Sequence), f'prompts are {prompts!r}; allowed: a list of sentences')
         return tuple(prompts)
-    check_known('prompts', prompts, ('paper', 'openai'), 'or a list of sentences')
-    if prompts == 'paper':
-        return _PAPER_PROMPTS
+    check_known('prompts', prompts, PROMPT_NAMES, "or a list of sentences with '{}'")
+    if prompts == 'plain':
+        return ('This is a photo of a {}',)
+    if prompts == 'agft':
+        return (_paper_questions()['templates'].get(name, 'This is a photo of a {}.'),)
     published = _class_names()['templates']
     key = 'caltech101' if name == 'caltech256' else name
     if key in published:

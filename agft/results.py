@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -93,7 +93,7 @@ class Record:
     seed:int|None         # of the run; None: mean over the seeds
     seeds:int             # how many
     task:str              # or the name of a mean
-    role:str              # source, zero-shot or mean
+    role:str              # source, zero-shot, left out (of the means) or mean
     attack:str            # name of the threat
     norm:str              # Linf or L2
     eps:float             # radius, pixel units
@@ -103,7 +103,7 @@ class Record:
     clean_low:float       # 95 % bootstrap interval over images
     clean_high:float
     clean_sd:float|None   # standard deviation over seeds
-    robust:float          # correct clean and under attack
+    robust:float          # correct clean and under attack, or as the threat counts
     robust_low:float
     robust_high:float
     robust_sd:float|None
@@ -146,15 +146,18 @@ def _record(
     return Record(seed=seed, seeds=len(runs), task=task, role=role, **numbers)
 
 def _groups(
-    tasks:Sequence[str], source:str|None,
+    tasks:Sequence[str], source:str|None, left_out:Collection[str],
 )->list[tuple[str, str, list[str]]]: # name, role, the tasks behind it
     "Every task, the mean of the zero-shot tasks, and with a source task the mean of all."
-    groups = [(task, 'source' if task == source else 'zero-shot', [task]) for task in tasks]
-    zero_shot = [task for task in tasks if task != source]
+    roles = {task: 'left out' if task in left_out else 'zero-shot' for task in tasks}
+    if source in roles:
+        roles[source] = 'source'
+    groups = [(task, role, [task]) for task, role in roles.items()]
+    zero_shot = [task for task, role in roles.items() if role == 'zero-shot']
     if zero_shot:
         groups.append((MEAN, 'mean', zero_shot))
     if zero_shot and source in tasks:
-        groups.append((MEAN_OF_ALL, 'mean', list(tasks)))
+        groups.append((MEAN_OF_ALL, 'mean', [task for task in tasks if roles[task] != 'left out']))
     return groups
 
 def summarise(
@@ -167,12 +170,13 @@ def summarise(
     section:str='main',
     only:str='all',        # all rows, or `brief`: the source task and the zero-shot mean
     first_seed:int=0,      # seed of the first run
+    left_out:Collection[str]=(), # tasks that no mean contains
 )->list[Record]:
     "The records of one method under one threat: a row for each task and seed, and the means."
     same = all(run.keys() == runs[0].keys() for run in runs)
     check(same, f'{method}: the seeds have different tasks')
     about, records = _About(section, method, attack, norm, eps), []
-    for task, role, tasks in _groups(list(runs[0]), source):
+    for task, role, tasks in _groups(list(runs[0]), source, left_out):
         if only == 'brief' and role != 'source' and task != MEAN:
             continue
         if len(runs) > 1:
@@ -358,7 +362,9 @@ def by_task(
         under = f'{name} ' if len(threats) > 1 else ''
         columns[f'{who}clean'] = _percents(rows, 'clean')
         columns[f'{who}{under}robust'] = _percents(rows, 'robust')
-    return pd.DataFrame(columns, index=pd.Index(first.task, name='task'))
+    names = [f'{task} (not in the means)' if role == 'left out' else task
+             for task, role in zip(first.task, first.role, strict=True)]
+    return pd.DataFrame(columns, index=pd.Index(names, name='task'))
 
 def by_attack(
     results:Results,   # of one section

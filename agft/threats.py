@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -223,6 +223,7 @@ class Attack:
     how:str             # what name, norm, eps and steps do not say
     version:str         # whose code
     norms:tuple[str, ...] = ('Linf', 'L2')
+    counts:Literal['both', 'adversarial'] = 'both' # robust: correct clean and under attack, or the latter
 
     @property
     def takes_loss(self)->bool:
@@ -253,6 +254,17 @@ def pgd20(
 )->Tensor:                 # adversarial pixels (B,3,H,W)
     "PGD-20: 20 steps of a quarter of the radius, random start, early stop."
     return eval_pgd(pgd, steps, logits_fn, x, y, eps, norm, generator)
+
+def _pgd20_paper(
+    logits_fn:Callable,    # pixels (B,3,H,W) in [0,1] -> logits (B,C)
+    x:Tensor,              # clean pixels (B,3,H,W) in [0,1]
+    y:Tensor,              # labels (B,)
+    eps:float,             # radius and step length, pixel units
+    norm:str,              # key of `NORMS`
+    generator:torch.Generator, # draws the start
+)->Tensor:                 # adversarial pixels (B,3,H,W)
+    "PGD-20 of the AGFT paper: 20 steps of the radius, random start, last iterate."
+    return pgd(logits_fn, x, y, eps, eps, 20, generator, norm)
 
 # %% ../nbs/09_threats.ipynb #06989d53
 def _clean(logits_fn:Callable, x:Tensor, y:Tensor, eps:float, norm:str, generator:torch.Generator)->Tensor:
@@ -288,11 +300,13 @@ def _fgsm_family()->dict[str, Attack]:
     return attacks
 
 _PGD_STEPS = 'steps of ε/4, random start'
+_PAPER_STEPS = 'steps of ε, random start, last iterate'
 _ENSEMBLE = 'standard: APGD-CE, APGD-T and FAB-T with up to 9 targets, Square with 5000 queries'
 
 THREATS = {
     'clean': Attack(_clean, 0, 'no attack', _OURS),
     'pgd20': Attack(pgd20, 20, _PGD_STEPS, _OURS),
+    'pgd20-paper': Attack(_pgd20_paper, 20, _PAPER_STEPS, _OURS, counts='adversarial'),
     'pgd100': Attack(partial(eval_pgd, pgd, 100), 100, _PGD_STEPS, _OURS),
     'cw': Attack(partial(eval_pgd, cw, 100), 100, f'margin loss, {_PGD_STEPS}', _OURS),
     'apgd-ce': Attack(_apgd_ce, 100, 'cross-entropy, random start', _OURS),
@@ -329,7 +343,9 @@ class Threat:
         budget = f'{NORMS[self.norm].label}, ε = {format_radius(self.eps)} at {at} px'
         steps = '1 step' if self.attack.steps == 1 else f'{self.attack.steps} steps'
         attack = f'{steps}{": " if how else ""}{how} ({self.attack.version})'
-        return f'{self.name}, {budget}, {attack}; robust = correct clean and under attack'
+        rules = dict(both='clean and under attack', adversarial='under attack, whether clean or not')
+        rule = rules[self.attack.counts]
+        return f'{self.name}, {budget}, {attack}; robust = correct {rule}'
 
     def __call__(self,
         logits_fn:Callable,          # pixels (B,3,H,W) in [0,1] -> logits (B,C)

@@ -33,7 +33,16 @@ from torch.utils.data import DataLoader
 from . import __version__
 from .adapters import ADAPTERS, merge_lora
 from .attack import LOSSES, NORMS, apgd, check_budget, misclassified, pgd
-from .config import AttackConfig, FinetuneConfig, TrainConfig, flatten, override, recorded, validate
+from agft.config import (
+    AttackConfig,
+    DataConfig,
+    FinetuneConfig,
+    TrainConfig,
+    flatten,
+    override,
+    recorded,
+    validate,
+)
 from agft.core import (
     AgftError,
     check,
@@ -50,7 +59,7 @@ from agft.core import (
     seeded,
     trusted,
 )
-from .data import Task, batch_indices, task_of
+from .data import Task, bank_sentences, batch_indices, task_of
 from .loop import Stepper, Trackers, Validation, check_trackers, fit, load_tensors, save_tensors
 from .methods import Batch, Method, Models, Numbers, method, method_of
 from .model import ZeroShotCLIP, copy_model, fingerprint, image_rule
@@ -78,11 +87,12 @@ class _Data(NamedTuple):
     images:Tensor        # (B,3,H,W) uint8
     labels:Tensor|None   # (B,)
     features:Tensor|None # (B,…) of the teacher; None: they are not known in advance
+    captions:Tensor|None # (B,D) unit rows; None: the method reads none
 
     def pinned(self)->'_Data':
         "The same in memory from which a GPU copies while it computes."
-        labels, features = [value if value is None else value.pin_memory() for value in self[1:]]
-        return _Data(self.images.pin_memory(), labels, features)
+        others = [value if value is None else value.pin_memory() for value in self[1:]]
+        return _Data(self.images.pin_memory(), *others)
 
 def augmented(
     images:Tensor,       # (B,3,H,W) uint8
@@ -110,8 +120,9 @@ class _Parts:
         train:TrainConfig,     # batch size, parts of a step, augmentation
         seed:int,              # of the order of the images
         features:Tensor|None,  # (N,…) of the teacher
+        captions:Tensor|None,  # (N,D) unit rows
     ):
-        self.task, self.train, self.seed, self.features = task, train, seed, features
+        self.task, self.train, self.seed, self.features, self.captions = task, train, seed, features, captions
         self.process, self.copies = processes().process_index, processes().num_processes
 
     def part(self, number:int)->_Part:
@@ -130,8 +141,8 @@ class _Parts:
             return e
         if self.train.augment:
             images = augmented(images, part.rows, part.total, seeded(self.seed, 'augment', step))
-        labels = None if task.labels is None else task.labels[indices]
-        return _Data(images, labels, None if self.features is None else self.features[indices])
+        known = [None if of is None else of[indices] for of in (task.labels, self.features, self.captions)]
+        return _Data(images, *known)
 
 def _begin_worker(parent:int, number:int): end_with(parent)
 
@@ -323,13 +334,21 @@ def _attack_batch(
 # %% ../nbs/13_train.ipynb #d1f9a9c8
 class _Learner(nn.Module):
     "The student and what it minimises, as one module: what accelerate wraps."
-    def __init__(self, models:Models, method:Method):
+    def __init__(self, models:Models):
         super().__init__()
         self.student = models.student
-        self._models, self._method = models, method
+        self._models = models
 
-    def forward(self, batch:Batch, x_adv:Tensor, target:Tensor)->tuple[Tensor, Numbers]:
-        return self._method.loss(self._models, batch, x_adv, target)
+    def forward(self, method:Method, batch:Batch, x_adv:Tensor, target:Tensor)->tuple[Tensor, Numbers]:
+        return method.loss(self._models, batch, x_adv, target)
+
+@torch.no_grad()
+def _caption_embeddings(
+    teacher:ZeroShotCLIP, task:Task,
+)->Tensor:                   # unit rows (N,D), on the CPU
+    "The embedding of each image's caption."
+    texts = task.captions or ()
+    return torch.cat([teacher.encode_text(texts[i:i + 1024]).cpu() for i in range(0, len(texts), 1024)])
 
 def _wrapped(learner:_Learner)->nn.Module:
     "The module that averages gradients over the processes; itself where there is one."
@@ -361,23 +380,25 @@ def adversarial_loss(
 
     The task has checked pixels and labels, and the end of the step checks the loss: no value is read here."""
     device = models.head.device
-    parts, learner = _Parts(task, train, seed, features), _wrapped(_Learner(models, method))
+    captions = _caption_embeddings(models.teacher, task) if method.reads_captions else None
+    parts, learner = _Parts(task, train, seed, features, captions), _wrapped(_Learner(models))
     read = _Reader(parts, device)
     def there(value:Tensor|None)->Tensor|None:
         return None if value is None else value.to(device, non_blocking=True)
     @trusted()
     def loss_fn(number:int)->tuple[Tensor, Numbers]:
-        part, (images, labels, known) = parts.part(number), read(number)
+        part, (images, labels, known, said) = parts.part(number), read(number)
         x, known = images.to(device, non_blocking=True)/255, there(known)
         if features is None:
             with torch.no_grad():
                 known = method.teacher_features(models.teacher, x)
-        batch = Batch(x, there(labels), known, part.of_batch)
-        target = method.target(models, batch)
-        keys = seed, number//train.accumulate
-        x_adv, attacked = _attack_batch(models, method, batch, target, attack, part, keys)
+        batch = Batch(x, there(labels), known, part.of_batch, there(said))
+        step = number//train.accumulate
+        now = method.at(step/train.steps)
+        target = now.target(models, batch)
+        x_adv, attacked = _attack_batch(models, now, batch, target, attack, part, (seed, step))
         with _apart(learner, part):
-            loss, numbers = learner(batch, x_adv, target)
+            loss, numbers = learner(now, batch, x_adv, target)
         weighted = {name: part.share*value for name, value in (numbers | attacked).items()}
         return part.share*loss, weighted
     return loss_fn
@@ -385,28 +406,39 @@ def adversarial_loss(
 # %% ../nbs/13_train.ipynb #train006
 def validation_of(
     student:ZeroShotCLIP,
-    head:Tensor,            # unit rows (C,D), the prompts
+    teacher:ZeroShotCLIP,
     task:Task,              # validation images
     attack:AttackConfig,    # radius and norm
     batch_size:int,         # images attacked at a time
-)->Callable:                # without arguments -> clean and robust accuracy, in [0,1]
-    "What measures a student; several processes share out the batches."
+)->Callable:                # without arguments -> clean and robust accuracy, in [0,1], and `margins`
+    """What measures a student; several processes share out the batches.
+
+    `margins` is the factor between the student's cosine margins and the teacher's on clean images; AGFT's
+    target asks for γ. It is the slope of a line through the origin, fitted to cosines from which the mean of
+    the image is subtracted."""
     pgd20, group = threat('pgd20', attack.eps, attack.norm), processes()
     labels, batches = task.require_labels(), torch.arange(len(task)).split(batch_size)
+    head = teacher.head(task.classes, task.templates)
     def logits_fn(x): return student.logits(x, head)
+    def centred(model, x):
+        cosines = model.cosines(x, head)
+        return (cosines - cosines.mean(1, keepdim=True)).double()
     def measure()->dict[str, float]:
-        correct = torch.zeros(2, dtype=torch.float64, device=head.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=head.device)
         for i in range(group.process_index, len(batches), group.num_processes):
             x, y = task.images[batches[i]].to(head.device)/255, labels[batches[i]].to(head.device)
-            right = ~misclassified(logits_fn, x, y)
+            with torch.no_grad():
+                ours, theirs = centred(student, x), centred(teacher, x)
+            sums[2:] += torch.stack([(ours*theirs).sum(), theirs.square().sum()])
+            right = ours.argmax(1) == y
             x, y = x[right], y[right]
-            correct[0] += len(y)
+            sums[0] += len(y)
             if len(y):
                 x_adv = pgd20(logits_fn, x, y, seeded('validation', i, device=head.device))
-                correct[1] += (~misclassified(logits_fn, x_adv, y)).sum()
-        total:Any = reduce(correct, 'sum')
-        clean, robust = (total/len(task)).tolist()
-        return dict(clean=clean, robust=robust)
+                sums[1] += (~misclassified(logits_fn, x_adv, y)).sum()
+        total:Any = reduce(sums, 'sum')
+        clean, robust, product, square = total.tolist()
+        return dict(clean=clean/len(task), robust=robust/len(task), margins=product/square)
     return measure
 
 # %% ../nbs/13_train.ipynb #61525aa9
@@ -451,7 +483,10 @@ def _check_names(
     load_plugins(config.plugins)
     check_trackers(config.train.trackers)
     name, attack = config.method.name, config.attack
-    method(name, **config.method.settings())
+    tuner, bank = method(name, **config.method.settings()), config.data.bank
+    free = bank is None or not tuner.reads_labels
+    check(free, f'data.bank is {bank!r}, and {name} reads labels, which are numbers of class names; '
+          'allowed: a method that reads no labels')
     check(config.method.lr is not None, f'{name} has no learning rate here; set method.lr (--method.lr)')
     adapters = ', '.join(ADAPTERS)
     check(config.train.adapter in ADAPTERS, f'train.adapter is {config.train.adapter!r}; allowed: {adapters}')
@@ -488,6 +523,21 @@ def _student_of(
     check(learns, f'the image encoder of {teacher.name} has no parameters that could be tuned')
     return student
 
+def _check_captions(
+    task:Task,
+    method:Method,
+    config:FinetuneConfig,
+):
+    "Raise `AgftError` if the method needs captions and cannot have them, or would need them in parts."
+    if not method.reads_captions:
+        return
+    name = config.method.name
+    check(task.captions is not None, f'{name} needs a caption of each image, and {task.name} has none; '
+          'allowed: a task with captions')
+    parts = processes().num_processes*config.train.accumulate
+    check(parts == 1, f'{name} compares each image with all captions of the batch, and the batch has {parts} '
+          'parts; allowed: one process and train.accumulate 1')
+
 def _check_labels(
     task:Task,
     method:Method,
@@ -522,7 +572,10 @@ def prepare_run(
     student = _student_of(teacher, config)
     n = config.train.images
     source = task_of(config.data, config.data.source, n, 'train') if task is None else task.subset(n)
+    if config.data.bank:
+        source = replace(source, labels=None)  # they number the class names
     _check_labels(source, tuner, config)
+    _check_captions(source, tuner, config)
     images, batch = len(source), config.train.batch_size
     least = processes().num_processes*config.train.accumulate
     check(least <= batch <= images, f'train.batch_size is {batch}; allowed: {least} (an image for each part) '
@@ -531,8 +584,18 @@ def prepare_run(
     validation = _validation_task(config, source, task is None)
     if validation is not None:
         inputs['validation'] = validation.digest()
-    head = teacher.head(source.classes, source.templates)
+    head = _head_of(teacher, config.data, source)
     return Run(config, Models(student, teacher, head), tuner, source, validation, inputs)
+
+def _head_of(
+    teacher:ZeroShotCLIP,
+    data:DataConfig,
+    source:Task,
+)->Tensor:              # unit rows (C,D)
+    "What images are compared with: the prompts of the source task, or the sentences of a bank."
+    if data.bank is None:
+        return teacher.head(source.classes, source.templates)
+    return teacher.head(bank_sentences(data.bank, data.bank_size), ('{}',))
 
 def _validation_task(
     config:FinetuneConfig,
@@ -583,13 +646,13 @@ def _validation(
     out:Path,    # folder of the run
 )->Validation|None:
     "What is measured while the run trains."
-    every, (student, _, head), config = run.config.train.validate_every, run.models, run.config
+    every, (student, teacher, _), config = run.config.train.validate_every, run.models, run.config
     if every is None or run.validation is None:
         return None
     def save_best(steps:int, found:dict[str, float]):
         best = merge_lora(copy_model(student))
         save_model(best, out/'best.safetensors', **_notes(run), best=dict(steps=steps, **found))
-    measure = validation_of(student, head, run.validation, config.attack, config.train.batch_size)
+    measure = validation_of(student, teacher, run.validation, config.attack, config.train.batch_size)
     return Validation(every, measure, save_best)
 
 def _train(

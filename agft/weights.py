@@ -246,7 +246,8 @@ def _content(path:str)->Any:
 
 # %% ../nbs/07_weights.ipynb #56d0e649
 _OPENAI = {'input_resolution', 'context_length', 'vocab_size'}  # in OpenAI's own files, beside the weights
-_IMAGE_ENCODER = {'vision_encoder_state_dict', 'modules', 'conv1.weight'}  # in files without a text encoder
+_IMAGE_ENCODER = {  # in files without a text encoder
+    'vision_encoder_state_dict', 'partial_state_dict', 'modules', 'conv1.weight'}
 _IMAGE_ONLY = 'the file holds an image encoder alone; allowed: a whole model, then load_visual for this file'
 _RENAMED = {  # transformers -> open_clip, replaced in this order
     'text_model.': '', 'vision_model.': 'visual.', 'embeddings.': '',
@@ -629,7 +630,7 @@ def load_weights(
 # %% ../nbs/07_weights.ipynb #0aaa6fa7
 def load_visual(
     model:ZeroShotCLIP,  # the base: architecture and text encoder; changed in place
-    path:str|Path,       # checkpoint of TeCoA, TGA-ZSR, RobustVLM or AGFT's public code
+    path:str|Path,       # checkpoint of the public code of TeCoA, TGA-ZSR, RobustVLM, AGFT or AdvFLYP
 )->ZeroShotCLIP:         # the same model
     "Replace the image encoder by one that another project tuned, or add learned inputs."
     visual:Any = model.visual
@@ -637,7 +638,7 @@ def load_visual(
         raw = read_weights(path)
         check(raw, 'the file holds no tensors')
         learned = raw.get('params', {})
-        state = raw.get('vision_encoder_state_dict', raw)
+        state = raw.get('vision_encoder_state_dict', raw.get('partial_state_dict', raw))
         if 'modules' in raw:
             state = raw.get('modules', {}).get('clip.visual', {})
         if state is not raw:

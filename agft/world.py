@@ -714,8 +714,23 @@ _ON = (
 )
 _AT = ('a shape at the {}', 'a thing at the {}', 'a picture of a figure at the {}')
 _AMOUNT = ('{}', 'a picture of {}', 'a drawing of {}')
+
+def _source_classes(
+    n:int=1000,        # classes
+)->tuple[Attributes, list[str]]: # attributes of each class, and its name
+    "Different combinations of all attributes, each with the sentence that names them."
+    drawn = sample(2*n, seeded('classes of the source'))
+    rows = torch.stack([drawn.get(name) for name in FIELDS], 1).tolist()
+    first = {tuple(row): i for i, row in reversed(list(enumerate(rows)))} # a row -> where it stands first
+    keep = sorted(first.values())[:n]
+    whole, wording = [True]*len(FIELDS), (0., .5, .9, .9, 0.)
+    return drawn.select(torch.tensor(keep)), [_sentence(rows[i], whole, wording, True) for i in keep]
+
+_SOURCE, _SENTENCES = _source_classes()
+_COLOURED = [f'{colour} {shape}' for colour in COLOURS for shape in SHAPES]
 _QUESTIONS = {
-    'source': _Question([f'{colour} {shape}' for colour in COLOURS for shape in SHAPES], _NOUN),
+    'source': _Question(_SENTENCES, _AMOUNT),
+    'source-narrow': _Question(_COLOURED, _NOUN),
     'texture': _Question(_TEXTURES, _SHAPE),
     'background': _Question(_BACKGROUNDS, _ON),
     'count': _Question(['one shape', 'two shapes', 'three shapes', 'four shapes'], _AMOUNT),
@@ -735,7 +750,7 @@ def _fixed_fields(
     shape:Tensor,       # (n,) shape or thing to show where the task does not ask for the glyph
 )->dict[str, Tensor]:   # attribute -> values (n,), for `sample`
     "The attributes that follow from the labels, and those without which the task would have no answer."
-    if name == 'source':
+    if name == 'source-narrow':
         return dict(colour=y//len(SHAPES), glyph=y % len(SHAPES))
     if name == 'things':
         return dict(glyph=_FIRST_THING + y)
@@ -771,7 +786,8 @@ def world_task(
     n:int,             # images, 1 to 1,000,000; each class has the same number, as far as n allows
     seed:int=0,        # another seed gives other images
     split:str='test',  # train, val or test: no two share an image
-)->tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...]]: # images uint8, labels, class names, templates
+)->tuple[Tensor, Tensor, tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    # images uint8, labels, class names, templates, and a caption of each image
     "Draw the images of one task."
     check_known('world task', name, _QUESTIONS)
     check_known('split', split, SPLITS)
@@ -784,5 +800,9 @@ def world_task(
     outline = None
     if name == 'handwritten':
         outline, y = _handwriting(n, generator, split)
-    attributes = sample(n, generator, **_fixed_fields(name, y, shape))
-    return draw(attributes, generator, outline), y, tuple(classes), tuple(templates)
+    if name == 'source':
+        attributes = _SOURCE.select(y)
+    else:
+        attributes = sample(n, generator, **_fixed_fields(name, y, shape))
+    captions = caption(attributes, seeded('captions', name, seed, split), list(FIELDS))
+    return draw(attributes, generator, outline), y, tuple(classes), tuple(templates), tuple(captions)

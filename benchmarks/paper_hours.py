@@ -2,12 +2,12 @@
 
     python benchmarks/paper_hours.py [--out results/paper_hours.json]
 
-Measured here: the floating-point operations of a step (counted by torch), the time of a step on this CPU,
-and the peak memory of a process at two batch sizes, from which that at 256 images is extrapolated. Nothing
-depends on what the weights and the images are, so both are random. Estimated: the hours on named GPUs, as
-operations divided by the maker's peak rate (dense, bfloat16) times a utilisation of 30 percent, which
-training of vision transformers of this size commonly has. Once `results/speed_gpu.json` is there, its
-measured utilisation is used.
+Measured here, in fp32: the floating-point operations of a step (counted by torch), the time of a step on
+this CPU, and the peak memory of a process at two batch sizes, from which that at 256 images is
+extrapolated. Nothing depends on what the weights and the images are, so both are random. Estimated: the
+hours on named GPUs, as operations divided by the maker's peak rate (dense, bfloat16) times a utilisation of
+30 percent, which training of vision transformers of this size commonly has. Once `results/speed_gpu.json`
+is there, its measured utilisation is used.
 """
 import argparse
 import json
@@ -36,7 +36,8 @@ GPUS = 1, 2, 8
 def step_of(batch):
     "A training step of that many random images, and the settings of the preset."
     recipe = load_preset('vit_b32_imagenet')
-    config = override(recipe.finetune('AGFT'), **{'train.batch_size': batch, 'train.images': None})
+    few = {'train.batch_size': batch, 'train.images': None, 'train.precision': 'fp32'}
+    config = override(recipe.finetune('AGFT'), **few)
     model = new_model(config.model.name.split('@')[0])
     task = noise_task(batch, 224, 1000)
     run = prepare_run(config, 'cpu', model, task)

@@ -11,7 +11,8 @@ from agft.threats import THREATS
 import_torchvision()  # the test modules import open_clip, which imports torchvision
 
 SECONDS = {'model.name': 'agft-tiny', 'train.images': 96, 'train.steps': 4, 'train.batch_size': 32,
-           'train.warmup': .25, 'train.checkpoint_every': 2, 'eval.images': 24, 'search.images': 24}
+           'train.warmup': .25, 'train.checkpoint_every': 2, 'eval.images': 24, 'search.images': 24,
+           'search.trials': 3}
 
 
 def pytest_report_header(config):

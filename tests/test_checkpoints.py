@@ -166,10 +166,14 @@ def wrapped(layout, visual):
                     optimizer=dict(state={}, param_groups=[dict(lr=1e-5, params=[0])]))
     if layout == 'RobustVLM':
         return visual
+    if layout == 'AdvFLYP':  # its code began as TeCoA's, and saves the tuned part of the whole model
+        prompt, tuned = dict(prompt=torch.zeros(1, 0, 768)), {f'visual.{k}': v for k, v in visual.items()}
+        return dict(epoch=1, state_dict={}, add_prompter=prompt, partial_state_dict=tuned, best_acc1=51.,
+                    optimizer=dict(state={}, param_groups=[dict(lr=1e-4, params=[0])]))
     return dict(modules={'clip.visual': {k: v.half() for k, v in visual.items()}}, params={})
 
 
-@pytest.mark.parametrize('layout', ['TeCoA', 'TGA-ZSR', 'RobustVLM', 'AGFT'])
+@pytest.mark.parametrize('layout', ['TeCoA', 'TGA-ZSR', 'RobustVLM', 'AGFT', 'AdvFLYP'])
 def test_image_encoders_of_other_methods(tmp_path, layout):
     tuned, base = make_model('agft-test-quickgelu', 1), make_model('agft-test-quickgelu', 2)
     path = tmp_path/'c.pth.tar'

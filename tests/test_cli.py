@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from agft.cli import main
+from agft.config import load_preset
 from agft.core import asset
 from agft.loop import read_log
 from agft.model import fingerprint
 from agft.results import MEAN, MEAN_OF_ALL, Results
-from agft.search import _neighbours
 from agft.weights import checkpoint_info, load_model, save_model
 
 def agft(*args, **more):
@@ -73,12 +73,13 @@ def test_demo_numbers_are_recounted_from_its_flags(small_preset, tmp_path):
 
 def test_tune_searches_with_every_method(small_preset, tmp_path):
     assert main(['tune', '--preset', small_preset(), '--out', str(tmp_path/'t')]) == 0
-    trials = Results.load(tmp_path/'t'/'tune.json').tables['lr']
-    for method, start in (('TeCoA', .002), ('AGFT', .005)):
-        rows = trials[trials.method == method].set_index('lr')
-        total, best = rows.clean + rows.robust, rows.index[rows.chosen].item()
-        assert total[best] == total.max() and start in rows.index
-        assert set(_neighbours(best)) <= set(rows.index), 'a rate at the edge of those that were tried'
+    trials, tiny = Results.load(tmp_path/'t'/'tune.json').tables['trials'], load_preset('tiny')
+    for method in ('TeCoA', 'AGFT'):
+        rows, start = trials[trials.method == method], tiny.method(method).lr
+        assert len(rows) == 3 and rows.lr.iloc[0] == start and rows.chosen.sum() == 1
+        shares = rows[['clean', 'robust', 'kept', 'kept_robust']]
+        assert np.allclose(rows.score, shares.mean(axis=1)) and rows.kept.between(0, 1).all()
+        assert rows.score[rows.chosen].item() == rows.score.max()
 
 
 def test_killed_training_resumes_to_the_same_bits(tmp_path):

@@ -57,7 +57,7 @@ MISTAKES = [  # preset, the path that the line must name, and what it must say
     ({'model': 'agft-tiny'}, 'model', 'group of settings'),
     ({'bench': {'seeds': 0}}, 'bench.seeds', 'greater than or equal to 1'),
     ({'bench': {'sweep': {'threats': ['pgd20']}}}, 'bench.sweep.threats', 'attacks'),
-    ({'search': {'ladder': [1, 2]}}, 'search.ladder', 'low'),
+    ({'search': {'trial': 3}}, 'search.trial', 'trials'),
     ({'pretrain': {'text': {'lr': 0}}}, 'pretrain.text.lr', 'greater than 0'),
     ({'lr_from': {'file': 'x'}}, 'lr_from.file', 'results'),
     ({'tune': {}}, 'tune', 'search'),

@@ -160,6 +160,8 @@ def test_the_worst_case_needs_every_attack_to_fail():
     assert worst.robust.tolist() == [True, False, False, False]
     assert worst.zero_grad.tolist() == [False, True, True, True]
     assert worst_case_flags([a]) is a and worst.distance is a.distance
+    lucky = some_flags([1, 1, 1, 1], clean=[1, 1, 0, 0])  # of a threat that counts the adversarial image
+    assert worst_case_flags([lucky, lucky]).robust.tolist() == [True, True, False, False]
 
 def test_threats_of_one_radius_get_a_worst_case(model, task, tmp_path):
     names = [('fgsm', EPS), ('pgd20', EPS/4), ('mifgsm', EPS)]

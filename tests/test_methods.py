@@ -59,7 +59,8 @@ def case():
     student:Any = Linear('student')
     teacher:Any = Linear('teacher')
     models = Models(student, teacher, head)
-    return SimpleNamespace(images=images, x=images/255, x_adv=x_adv, y=y, models=models)
+    captions = F.normalize(torch.randn(B, D, generator=g, dtype=torch.float64), dim=1)
+    return SimpleNamespace(images=images, x=images/255, x_adv=x_adv, y=y, models=models, captions=captions)
 
 
 def log_probabilities(model, x, head, scale=S):
@@ -68,6 +69,17 @@ def log_probabilities(model, x, head, scale=S):
 
 
 def divergence(p, q): return (p.exp()*(p - q)).sum(1)
+
+
+def flyp(s, t, c):
+    "InfoNCE in both directions, two distances and two divergences, as AdvFLYP's public code has them."
+    def unit(model, x): return F.normalize(x.flatten(1).double() @ model.w, dim=1)
+    adv, clean, original = unit(s, c.x_adv), unit(s, c.x), unit(t, c.x_adv).detach()
+    logits, own = S*adv @ c.captions.T, torch.arange(B)
+    nce = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))/2
+    distances = (adv - original).norm(dim=1).mean() + (adv - clean).norm(dim=1).mean()
+    p, q, r = [(S*z @ c.captions.T).log_softmax(1) for z in (adv, original, clean)]
+    return nce + distances + divergence(p, q).mean() + divergence(p, r).mean()
 
 
 def written_out(name, c):
@@ -87,21 +99,23 @@ def written_out(name, c):
         'Clean': lambda: -clean[rows, c.y].mean(),
         'AGFT': lambda: -(p_rob(.4)*adv).sum(1).mean(),
         'Soft': lambda: -(p_rob(1.)*adv).sum(1).mean(),
-        'PMG-AFT': lambda: hard + divergence(adv, teacher_adv).sum() + divergence(adv, clean).sum(),
-        'PMG-AFT-mean': lambda: hard + divergence(adv, teacher_adv).mean() + divergence(adv, clean).mean(),
+        'PMG-AFT': lambda: hard + divergence(teacher_adv, adv).sum() + divergence(clean, adv).sum(),
+        'PMG-AFT-mean': lambda: hard + divergence(teacher_adv, adv).mean() + divergence(clean, adv).mean(),
+        'AdvFLYP': lambda: flyp(s, t, c),
         'TRADES-AGFT': lambda: -(p_rob(.4)*clean).sum(1).mean() + 6*divergence(clean, adv).mean(),
         'FARE': fare}
     return formulas[name]()
 
 
-WITHOUT_PATCHES = [name for name in METHODS if name != 'TGA-ZSR']
+WITHOUT_PATCHES = [name for name in METHODS if not name.startswith('TGA-ZSR')]
+WITHOUT_CAPTIONS = [name for name in WITHOUT_PATCHES if not METHODS[name].reads_captions]
 ATTACKING = [name for name in WITHOUT_PATCHES if name != 'Clean']
 
 
 @pytest.mark.parametrize('name', WITHOUT_PATCHES)
 def test_loss_and_gradient_are_the_published_formula(case, name):
     m = method(name, logit_scale=S)
-    batch = Batch(case.x, case.y, m.teacher_features(case.models.teacher, case.x))
+    batch = Batch(case.x, case.y, m.teacher_features(case.models.teacher, case.x), captions=case.captions)
     student = case.models.student
     x_adv = case.x if m.attack_loss is None else case.x_adv
     ours, _ = m.loss(case.models, batch, x_adv, m.target(case.models, batch))
@@ -115,7 +129,7 @@ def test_loss_and_gradient_are_the_published_formula(case, name):
 @pytest.mark.parametrize('name', ATTACKING)
 def test_the_attack_ascends_what_the_method_says(case, name):
     m = method(name, logit_scale=S)
-    batch = Batch(case.x, case.y, m.teacher_features(case.models.teacher, case.x))
+    batch = Batch(case.x, case.y, m.teacher_features(case.models.teacher, case.x), captions=case.captions)
     target = m.target(case.models, batch)
     def outputs(x): return m.outputs(case.models, batch, x)
     attack_loss = m.attack_loss
@@ -143,7 +157,7 @@ def test_a_method_that_reads_no_labels_needs_none(case, name):
     m = method(name, logit_scale=S)
     features = m.teacher_features(case.models.teacher, case.x)
     def loss(y):
-        batch = Batch(case.x, y, features)
+        batch = Batch(case.x, y, features, captions=case.captions)
         return m.loss(case.models, batch, case.x_adv, m.target(case.models, batch))
     with_labels, log = loss(case.y)
     without, shorter = loss(None)
@@ -175,8 +189,9 @@ def map_by_hand(model, x, text):
     tokens = v.ln_pre(tokens)
     for block in v.transformer.resblocks:
         tokens = block(tokens)
-    z = v.ln_post(tokens)[:, 1:] @ v.proj
-    a = (z/z.norm(dim=2, keepdim=True) * text[:, None]).sum(2)
+    z = v.ln_post(tokens) @ v.proj
+    z = (z/z.norm(dim=1, keepdim=True))[:, 1:]  # over the tokens
+    a = (z * text[:, None]).sum(2)
     low, high = a.min(1, keepdim=True)[0], a.max(1, keepdim=True)[0]
     a = ((a - low)/(high - low)).reshape(n, 1, 4, 4)
     return F.interpolate(a, (32, 32), mode='bilinear').reshape(n, -1)
@@ -204,10 +219,12 @@ def test_tga_is_its_official_code_on_a_vision_transformer():
     ours = torch.autograd.grad(loss, params, retain_graph=True)
     for a, b in zip(ours, torch.autograd.grad(theirs, params), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    # AGFT's re-implementation swaps the weights and takes the norm along an axis of size one: far weaker
+    # AGFT's re-implementation exchanges the weights and takes the norm along an axis of size one: far weaker
     adv = torch.norm((map_by_hand(student, x_adv, text) - teacher_map)[:, None], dim=1, p=2).mean()
     clean = torch.norm((map_by_hand(student, x, text) - teacher_map)[:, None], dim=1, p=2).mean()
-    assert (loss - ce) > 10*(.05*adv + .08*clean)
+    weaker, _ = method('TGA-ZSR-mean').loss(models, batch, x_adv, y)
+    torch.testing.assert_close(weaker, ce + .05*adv + .08*clean)
+    assert loss - ce > 10*(weaker - ce)
 
 
 def test_a_teacher_with_batch_norm_stays_as_it_is():
@@ -219,7 +236,7 @@ def test_a_teacher_with_batch_norm_stays_as_it_is():
     def statistics(): return [b.clone() for name, b in student.named_buffers() if 'running' in name]
     teacher_before, student_before, norms = fingerprint(teacher), fingerprint(student), statistics()
     assert norms
-    for name in WITHOUT_PATCHES:
+    for name in WITHOUT_CAPTIONS:
         loss_fn = adversarial_loss(models, method(name), task, AttackConfig(), TrainConfig(batch_size=4))
         opt = torch.optim.SGD(student.visual.parameters(), lr=1e-4)
         for step in range(2):
@@ -264,15 +281,25 @@ def test_a_method_of_your_own(monkeypatch):
 
     own:Any = Mine  # the decorator gives it a constructor
     model:Any = SimpleNamespace(logit_scale=47.)
-    assert method_of(MethodConfig('mine', options=dict(sure=.7)), model) == own(47., .4, .7)
+    assert method_of(MethodConfig('mine', options=dict(sure=.7)), model) == own(47., .4, sure=.7)
     assert method_of(MethodConfig('plain', logit_scale=3.), model) == Plain(3.)
-    with pytest.raises(AgftError, match='mine has no sur; it takes logit_scale, gamma, sure'):
+    with pytest.raises(AgftError, match='mine has no sur; it takes logit_scale, gamma, scale_warmup, sure'):
         method('mine', sur=1)
     with pytest.raises(AgftError, match='another name'):
         register_method('TeCoA')(Mine)
     no_method:Any = int
     with pytest.raises(AgftError, match='subclass of Method'):
         register_method('number')(no_method)
+
+
+def test_a_scale_warmup_keeps_the_target_and_raises_the_students_scale(case):
+    m = method('AGFT', logit_scale=100., gamma=.4, scale_warmup=.5)
+    batch = Batch(case.x, case.y, m.teacher_features(case.models.teacher, case.x))
+    for done, scale in ((0., 40.), (.25, 70.), (.5, 100.), (.9, 100.)):
+        now:Any = m.at(done)
+        assert now.logit_scale == pytest.approx(scale) and now.gamma*now.logit_scale == pytest.approx(40.)
+        torch.testing.assert_close(now.target(case.models, batch), m.target(case.models, batch))
+    assert method('TeCoA').at(.1) == method('TeCoA') and m.at(.5) is m
 
 
 def test_tga_refuses_an_encoder_without_patches():

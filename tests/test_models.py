@@ -52,7 +52,7 @@ def test_learning_rates_are_those_that_the_benchmark_chose(name):
     source = recipe.lr_from
     assert source is not None
     results = Results.load(ROOT/source.results)
-    trials = results.tables['lr']
+    trials = results.tables['trials']
     chosen = dict(zip(trials.method[trials.chosen], trials.lr[trials.chosen], strict=True))
     assert {method: settings.lr for method, settings in recipe.methods.items()} == chosen
     assert results.about['command'] == source.command

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from agft import registry
-from agft.config import load_preset, presets
+from agft.config import DataConfig, load_preset, presets
 from agft.core import AgftError, write_json
 from agft.data import load_task
 from agft.methods import method
@@ -338,6 +338,81 @@ def test_names_and_orders_are_the_published_ones():
         assert all('{}' in t for t in templates_of(k, 'openai'))
 
 
+PAPER_SENTENCES = dict(
+    caltech101='A photo of a {}.', caltech256='A photo of a {}.', country211='A photo I took in {}.',
+    dtd='A surface with a {} texture.', eurosat='A centered satellite photo of {}.',
+    fgvc_aircraft='A photo of a {}, a type of aircraft.', flowers102='A photo of a {}, a type of flower.',
+    food101='A photo of {}, a type of food.', oxford_pets='A photo of a {}, a type of pet.',
+    pcam='This is a photo of {}.', stanford_cars='A photo of a {}.')
+
+PAPER_WORDS = dict(  # some classes of each data set: official class -> words
+    caltech101={'Faces': 'person', 'Faces_easy': 'person', 'Leopards': 'leopards', 'yin_yang': 'yin yang'},
+    caltech256={'001.ak47': 'ak47', '091.grand-piano-101': 'grand piano', '251.airplanes-101': 'airplanes'},
+    cifar10={'airplane': 'airplane'}, cifar100={'aquarium_fish': 'aquarium fish'},
+    dtd={'polka-dotted': 'polka dotted'}, eurosat={'SeaLake': 'a sea or a lake', 'River': 'a river'},
+    fgvc_aircraft={'707-320': 'Boeing 707-320', 'A319': 'A319', 'F-16A/B': 'F-16A/B'},
+    flowers102={'hard-leaved pocket orchid': 'hard leaved pocket orchid', 'hippeastrum': 'hippeastrum'},
+    food101={'apple_pie': 'apple pie'}, oxford_pets={'Egyptian_Mau': 'egyptian mau', 'pug': 'pug'},
+    imagenet={'n02119789': 'kit fox', 'n02012849': 'crane bird', 'n03126707': 'construction crane',
+              'n03710721': 'one-piece bathing suit', 'n02113186': 'Cardigan Welsh Corgi'},
+    imagenet_a={'n01498041': 'stingray'}, imagenet_r={'n02066245': 'grey whale'},
+    imagenet_sketch={'n02110185': 'Siberian husky'}, imagenet_v2={'0': 'tench', '134': 'crane bird'},
+    pcam={'0': 'healthy lymph node tissue', '1': 'lymph node tumor tissue'},
+    stanford_cars={'Acura TL Type-S 2008': 'Acura TL Type S', 'Audi S4 Sedan 2007': 'Audi S4 Sedan 2007'},
+    stl10={'airplane': 'airplane'}, sun397={'/b/bazaar/outdoor': 'bazaar outdoor'},
+    tinyimagenet={'n02124075': 'Egyptian cat'}, country211={'CH': 'switzerland'})
+
+@pytest.mark.parametrize('name', DATA_SETS)
+def test_questions_of_the_paper(name):
+    "The sentence and the words of each data set; no two classes share a name, except for two of faces."
+    usual = 'This is a photo of a {}.'
+    assert templates_of(name, 'agft') == (PAPER_SENTENCES.get(name, usual),)
+    (classes, words), own = classes_of(name, 'agft'), classes_of(name)
+    assert classes == own[0] and len(words) == len(classes)
+    found = dict(zip(classes, words, strict=True))
+    assert found | PAPER_WORDS[name] == found
+    assert len({word.lower() for word in words}) == len(words) - (name == 'caltech101')
+    assert all(word == word.strip() for word in words)
+    for prompts in ('plain', 'openai', ('a {}',)):
+        assert classes_of(name, prompts) == own
+
+def test_names_that_the_paper_gives_twice_stay_those_of_agft():
+    "Three pairs of ImageNet and seven of StanfordCars: every other name follows the paper's rule."
+    numbers, words = classes_of('imagenet', 'agft')
+    asked = registry._paper_questions()['imagenet']
+    other = {asked[wnid] for wnid, word in zip(numbers, words, strict=True) if word != asked[wnid]}
+    assert other == {'crane', 'maillot', 'Cardigan'} and words[numbers.index('n02963159')] == 'cardigan'
+    assert set(numbers) == set(asked)
+    cars = [word for word in classes_of('stanford_cars', 'agft')[1] if word[-5:-2] in (' 20', ' 19')]
+    assert len(cars) == 14 and len({word[:-5] for word in cars}) == 7
+
+def test_the_faces_of_caltech101_are_one_class(tmp_path):
+    expected = layout('caltech101', tmp_path)
+    plain, task = (load_task('caltech101', root=tmp_path, prompts=p) for p in ('plain', 'agft'))
+    assert plain.require_labels().tolist() == expected and len(plain.classes) == 101
+    assert task.require_labels().tolist() == [0, 0, *range(1, 100)]  # labels above 0 shifted down by one
+    assert task.classes[:3] == ('person', 'leopards', 'motorbikes') and len(task.classes) == 100
+    assert len(task) == len(plain) and task.images[:].equal(plain.images[:])
+    assert task.prompts()[0] == 'A photo of a person.' and task.digest() != plain.digest()
+
+def test_a_folder_of_your_own_has_no_question_of_the_paper(tmp_path):
+    for c in ('tree', 'sea'):
+        put(tmp_path/'dtd'/c/'1.jpg')
+    plain, agft = (load_task(str(tmp_path/'dtd'), size=8, prompts=p) for p in ('plain', 'agft'))
+    assert agft.templates == plain.templates == ('This is a photo of a {}',)
+    assert load_task('digits', 2, prompts='agft').digest() == load_task('digits', 2).digest()
+
+def test_unknown_prompts_are_one_line(capsys):
+    allowed = r"prompts 'paper'; allowed: agft, plain, openai, or a list of sentences with '\{\}'"
+    with pytest.raises(AgftError, match=allowed):
+        templates_of('dtd', 'paper')
+    with pytest.raises(AgftError, match=allowed):
+        DataConfig(prompts='paper')
+    assert main(['train', '--prompts', 'paper']) == 2
+    line = capsys.readouterr().err
+    assert 'agft, plain, openai' in line and line.count('\n') == 1
+
+
 def _get(root, counter):
     import torchvision
 
@@ -520,6 +595,7 @@ def test_presets_name_models_tags_methods_and_sets_that_exist():
             method(config.name, **config.settings())
         if recipe.bench is None:
             assert {recipe.data.source, *recipe.data.zero_shot} == {*PAPER15}
+            assert recipe.data.prompts == 'agft' and recipe.eval.attacks == ('pgd20', 'pgd20-paper')
 
 
 def test_a_folder_of_your_own_is_audited(tmp_path):

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from agft.attack import cross_entropy, misclassified, pgd
+from agft.attack import NORMS, cross_entropy, misclassified, pgd, random_start
 from agft.auditing import audit
 from agft.config import EvalConfig
 from agft.core import AgftError, raises, seeded
 from agft.data import load_task
-from agft.evaluation import evaluate_threats
-from agft.threats import THREATS, load_plugins, pgd20, register_attack, threat, threats_of
+from agft.evaluation import _evaluate_batch, evaluate_threats
+from agft.threats import THREATS, Attack, load_plugins, pgd20, register_attack, threat, threats_of
 from agft.weights import load_model
 
 OFFICIAL = ('autoattack', 'square')  # thousands of forward passes an image
@@ -23,6 +24,8 @@ NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in OFFICIAL else nam
 @pytest.mark.parametrize('name', NAMES)
 def test_robust_is_below_clean_and_falls_with_the_radius(name, tmp_path):
     "Image by image: what is robust is correct clean, and was robust in every smaller ball."
+    if THREATS[name].counts == 'adversarial':
+        pytest.skip('counts the adversarial image alone')
     task = load_task('letters', 10)
     radii = (0, 1/255, 4/255) if THREATS[name].steps else (0,)
     threats = [threat(name, eps) for eps in radii]
@@ -172,6 +175,64 @@ def test_pgd20_is_the_threat_of_that_name():
     by_hand = pgd(linear, x, y, 4/255, 1/255, 20, seeded(0, 'start'), early_stop=True)
     assert torch.equal(named, pgd20(linear, x, y, 4/255, 'Linf', seeded(0, 'start')))
     assert torch.equal(named, by_hand)
+
+
+def test_pgd20_of_the_paper_written_out():
+    "Twenty steps of the radius from a random start, clamped; the last image, whether it is the worst or not."
+    w = torch.randn(6, 3*8*8, generator=seeded(0, 'w'))
+    x = torch.rand(8, 3, 8, 8, generator=seeded(0, 'x'))
+    def net(x): return (x.flatten(1) @ w.T).sin()
+    y, eps = net(x).argmax(1), 4/255
+    low, high = (x - eps).clamp_min(0), (x + eps).clamp_max(1)
+    start = random_start(x, eps, NORMS['Linf'], seeded(0, 'start'))
+    assert not torch.equal(start, x)
+    at = start
+    for _ in range(20):
+        at = at.detach().requires_grad_()
+        grad, = torch.autograd.grad(F.cross_entropy(net(at), y, reduction='sum'), at)
+        at = torch.minimum(torch.maximum(at + eps*grad.sign(), low), high)
+    t = threat('pgd20-paper', eps)
+    torch.testing.assert_close(t(net, x, y, seeded(0, 'start')), at.detach(), atol=1e-6, rtol=0)
+    text = t.describe([8])
+    assert '20 steps: steps of ε, random start, last iterate' in text
+    assert text.endswith('robust = correct under attack, whether clean or not')
+
+
+def test_pgd20_of_the_paper_counts_the_adversarial_image_alone(registry):
+    "Wrong clean and right under attack counts as robust; the rule of all other threats needs both."
+    x = torch.full((4, 3, 2, 2), .5)
+    x[:, 0, 0, 0] = torch.tensor([.45, .45, .55, .55])
+    y = torch.tensor([0, 1, 0, 1])                 # right, wrong, wrong, right
+    def first_pixel(x): return (x[:, 0, 0, :1] - .5)*torch.tensor([-1., 1.])
+    def cross(logits_fn, x, y, eps, norm, generator): return 1 - x # to the other side, by .1
+    registry['cross'] = Attack(cross, 1, 'mirrored', 'a test', counts='adversarial')
+    registry['cross-both'] = Attack(cross, 1, 'mirrored', 'a test')
+    every, found = torch.ones(4, dtype=torch.bool), {}
+    for name in ('cross', 'cross-both'):
+        clean, robust, _, distance = _evaluate_batch(first_pixel, x, y, threat(name, .2), seeded(0), every)
+        assert clean.tolist() == [True, False, False, True]
+        found[name] = robust.tolist(), (distance > 0).tolist()
+    assert found['cross'] == ([False, True, True, False], [True]*4)
+    assert found['cross-both'] == ([False]*4, [True, False, False, True])
+
+
+def test_pgd20_of_the_paper_in_an_evaluation(tmp_path):
+    "At every radius all images are attacked, and its worst case with pgd20 is within that of pgd20."
+    model, task = load_model('agft-tiny'), load_task('handwritten', 30)
+    config = EvalConfig(attacks=('pgd20', 'pgd20-paper'), eps=(1/255, 2/255))
+    found = evaluate_threats(model, [task], tmp_path, threats_of(config))
+    head = model.head(task.classes, task.templates)
+    x, y = task.images[:]/255, task.require_labels()
+    def logits_fn(x): return model.logits(x, head)
+    for eps in config.eps:
+        t = threat('pgd20-paper', eps)
+        flags = found[t.label][task.name]
+        x_adv = t(logits_fn, x, y, seeded(0, task.name, t.name, 0))
+        assert np.array_equal(flags.robust, ~misclassified(logits_fn, x_adv, y).numpy())
+        assert (flags.distance > 0).all() and not flags.clean.all()
+        worst = found[t.label.replace('pgd20-paper', 'worst case')][task.name]
+        ours = found[t.label.replace('-paper', '')][task.name]
+        assert np.array_equal(worst.robust, ours.robust & flags.robust)
 
 
 def test_importing_the_chapter_imports_no_attack_library():
