@@ -5,7 +5,7 @@ model, and measures zero-shot accuracy, clean and under attack. The package is e
 `nbs/`, one chapter a module. Importing it imports nothing large: public names are imported at first use.
 """
 # ruff: noqa: F401
-__version__ = "0.0.1"
+__version__ = "0.1.0"
 
 import importlib
 from typing import TYPE_CHECKING

@@ -7,29 +7,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .report import html_report, pareto, task_bars
-from .results import MEAN, Results, by_attack, by_method, percent
+from agft.report import (
+    Report,
+    Table,
+    chance_text,
+    difference_tables,
+    frame_table,
+    method_table,
+    outcome,
+    pareto,
+    task_bars,
+    task_table,
+    threat_table,
+)
+from .results import MEAN, Results, by_method
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['differences_table', 'ablation_table', 'calibration_table', 'cost_table', 'rates_table', 'bench_page']
+__all__ = ['ablation_table', 'calibration_table', 'cost_table', 'rates_table', 'bench_page']
 
 # %% ../nbs/22_bench_report.ipynb #eb7be2bd
-def differences_table(
-    results:Results,   # of a benchmark
-    threat:str,        # label
-)->pd.DataFrame:       # numbers in points
-    "The first method of the table minus each other one, clean and robust, with 95 % intervals."
-    import pandas as pd
-    rows = results.tables['paired'].query('threat == @threat')
-    parts = {}
-    for kind, chosen in rows.set_index('other').groupby('kind', sort=False):
-        low, high = f'{kind} low', f'{kind} high'
-        parts |= {kind: 100*chosen.difference, low: 100*chosen.low, high: 100*chosen.high}
-    return pd.DataFrame(parts).rename_axis('other method')
-
 def ablation_table(
     results:Results,   # of a benchmark
 )->pd.DataFrame:
@@ -56,43 +55,65 @@ def cost_table(
 def rates_table(
     results:Results,   # of a benchmark
 )->pd.DataFrame:
-    "The settings that were tried, on the validation images of the source task."
+    "The settings that were tried, on the validation images of the source task; shares in percent."
     trials = results.tables['trials']
     shares = trials.columns.intersection(['clean', 'robust', 'kept', 'kept_robust', 'score'])
-    texts = {kind: trials[kind].map(percent, na_action='ignore') for kind in shares}
-    return trials.assign(**texts).set_index('method').drop(columns='diverged')
+    percents = {kind: 100*trials[kind] for kind in shares}
+    return trials.assign(**percents).set_index('method').drop(columns='diverged')
 
 # %% ../nbs/22_bench_report.ipynb #2a518da0
 _SHOWN = ['confidence', 'ece', 'nll', 'overlap', 'mean_cos', 'max_cos'] # calibration measures of the page
 
-def _tables(
+def _accuracy_tables(
     results:Results, # of a benchmark
     main:Results,    # its main section under one threat
-    threat:str,      # the threat's label
-)->dict[str, pd.DataFrame]:
-    "The tables of the page by their captions."
-    found = {f'{threat}, percent, ± over seeds': by_method(main)}
-    if 'other' in results.tables['paired']:
-        found |= {'AGFT minus each other method, points, zero-shot mean': differences_table(results, threat)}
-    for section, text in (('sweep', 'radii'), ('strong', 'strong attacks'), ('unseen', 'unseen attacks')):
+)->list[Table]:
+    "Accuracies under one threat, and the differences of methods."
+    threat = main.threats()[0]
+    return [method_table(main, f'Accuracy, {threat}, percent'),
+            *difference_tables(results, threat),
+            task_table(main, 'robust', f'Robust accuracy of each task, {threat}, percent'),
+            task_table(main, 'clean', 'Clean accuracy of each task, percent')]
+
+_PARTS = dict(sweep='radii', strong='strong attacks', unseen='unseen attacks') # section -> its threats
+
+def _more_tables(
+    results:Results, # of a benchmark
+)->list[Table]:
+    "Other attacks, the ablation, calibration, cost, learning rates."
+    found, sections = [], set(results.accuracy.section)
+    for section, text in _PARTS.items():
         part = results.select(section=section)
-        found |= {f'Robust accuracy, {text}, zero-shot mean, percent': by_attack(part)}
-    if 'ablation' in set(results.accuracy.section):
-        found |= {'AGFT over γ and 1/τ, percent': ablation_table(results)}
-    return found | {
-        'Calibration at the pre-trained scale, attacked, zero-shot mean': calibration_table(results)[_SHOWN],
-        "A training step, as multiples of TeCoA's": cost_table(results),
-        'Learning rates tried, source task, validation images, percent': rates_table(results)}
+        if section in sections:
+            found.append(threat_table(part, f'Other threats: {text}, zero-shot mean, percent'))
+    if 'ablation' in sections:
+        ablation = results.select(section='ablation')
+        found.append(method_table(ablation, f'AGFT over γ and 1/τ, {ablation.threats()[0]}, percent'))
+    calibration = 'Calibration at the pre-trained scale, attacked, zero-shot mean'
+    rates = 'Learning rates tried, source task, validation images, percent'
+    return [*found, frame_table(calibration, calibration_table(results)[_SHOWN]),
+            frame_table("A training step, as multiples of TeCoA's", cost_table(results)),
+            frame_table(rates, rates_table(results))]
 
 def bench_page(
     results:Results,   # of a benchmark
 )->str:                # HTML
     "The report of a benchmark."
     section = results.select(section='main')
-    threat = section.threats()[0]
     main = section.select(eps=section.accuracy.eps.iloc[0])
-    what = '95 % intervals over images; dashed: chance.'
+    main = main.select(attack=main.accuracy.attack.iloc[0])
+    what = f'{main.threats()[0]}, 95 % intervals over images; dashed: chance.'
     figures = {f'Clean against robust accuracy, zero-shot mean, {what}': pareto(main),
                f'Robust accuracy of each task, {what}': task_bars(main),
-               f'Clean accuracy of each task, {what}': task_bars(main, 'clean')}
-    return html_report('agft bench', _tables(results, main, threat), results.about, figures)
+               'Clean accuracy of each task, 95 % intervals over images; dashed: chance.':
+                   task_bars(main, 'clean')}
+    seeds, source = results.about['seeds'], results.config['data']['source']
+    asked = (f'Fine-tune {results.config["model"]["name"]} on {source!r} with every method of the protocol '
+             f'({seeds} {"seed" if seeds == 1 else "seeds"}) and test on this task and the zero-shot tasks.')
+    about = results.about | dict(chance=chance_text(main))
+    if about.get('left_out'):
+        reason = 'the original model is below three times chance on clean images'
+        about['left_out'] = f'{", ".join(about["left_out"])}: {reason}'
+    tables = _accuracy_tables(results, main) + _more_tables(results)
+    title = f'agft bench: {results.config["model"]["name"]}'
+    return Report(title, asked, outcome(main), about, tables, figures).html()

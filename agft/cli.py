@@ -103,9 +103,11 @@ class _Bench(_Preset):
     scheduler:str = ''         # tcp://HOST:PORT of a Dask cluster that does the work; empty: this machine
     device:str = 'auto'        # auto, cpu or cuda
 
+_Library = Literal['open_clip', 'transformers', 'transformers-vision'] # keys of agft.hub.FORMATS
+
 @dataclass(frozen=True)
 class _Export:
-    "Weights, configuration and model card in one folder that open_clip loads."
+    "Weights, configuration, tokenizer and model card in one folder that open_clip or transformers loads."
     checkpoint:Positional[str] # a .safetensors checkpoint
     repo:Positional[str]       # OWNER/NAME on the hub
     licence:str                # as the hub spells it, e.g. mit
@@ -113,6 +115,7 @@ class _Export:
     results:str|None = None    # results.json of agft eval: the numbers of the card
     base_model:str|None = None # the hub's name of the model that was fine-tuned
     push:bool = False          # upload it, too
+    format:_Library = 'open_clip' # who loads the folder; transformers-vision: its image encoder alone
 
 @dataclass(frozen=True)
 class _Data:
@@ -313,7 +316,7 @@ def _run(command:str, found:Any):
     if command == 'export':
         from agft.hub import export
         card = found.results, found.base_model
-        return export(found.checkpoint, found.repo, found.licence, found.out, *card, found.push)
+        return export(found.checkpoint, found.repo, found.licence, found.out, *card, found.push, found.format)
     line = command_line(command, found)
     if command == 'train':
         return commands.train(found.config, found.out, found.device, found.dry_run)
@@ -351,6 +354,20 @@ def _is_memory(error:Exception)->bool:
     "Whether memory of the machine or of a GPU has run out; torch says it in its own words."
     said = "can't allocate memory" in str(error) or type(error).__name__ == 'OutOfMemoryError'
     return isinstance(error, MemoryError) or said
+
+_LOST = 'another process of this run ended; what it printed says why; the same command continues'
+
+def _is_lost(error:Exception)->bool:
+    "Whether another process of the run has ended; torch.distributed says it in its own words."
+    said = any(word in str(error) for word in ('gloo', 'NCCL', 'ProcessGroup', 'Connection closed by peer'))
+    return launched()[1] > 1 and isinstance(error, RuntimeError) and said
+
+def _in_words(error:Exception)->str:
+    "What the user is told of an error."
+    if _is_lost(error):
+        return _LOST
+    memory = 'not enough memory: use fewer or smaller images, or a smaller batch; '
+    return (memory if _is_memory(error) else '') + one_line(error)
 
 @contextlib.contextmanager
 def _plain_warnings()->Iterator[None]:
@@ -400,10 +417,9 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (AgftError, OSError, MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not _is_memory(e):
+        if isinstance(e, RuntimeError) and not (_is_memory(e) or _is_lost(e)):
             raise
-        memory = 'not enough memory: use fewer or smaller images, or a smaller batch; '
-        print('agft:', (memory if _is_memory(e) else '') + one_line(e), file=sys.stderr)
+        print('agft:', _in_words(e), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('agft: interrupted; the same command continues', file=sys.stderr)

@@ -18,11 +18,13 @@ import torch
 from . import __version__
 from .api import evaluate_model
 from .attack import misclassified
-from .auditing import Verdict, audit_figure, audit_model
+from .auditing import CHECKS, Verdict, audit_figure, audit_model
 from agft.bench import (
+    Runs,
     Trained,
     bench,
     describe,
+    differences,
     evaluate_all,
     evaluate_source,
     quick,
@@ -47,14 +49,30 @@ from agft.core import (
 from .data import Task, task_of, tasks_of
 from .model import ZeroShotCLIP, fingerprint
 from .registry import DATA_SETS, PAPER15, Missing, classes_of, data_report, data_set, digest, fetch, pack
-from .report import html_report, machine, pareto, task_bars
-from .results import Results, by_task, markdown, table
+from agft.report import (
+    Report,
+    Table,
+    best,
+    chance_text,
+    difference_tables,
+    frame_table,
+    machine,
+    method_table,
+    model_table,
+    outcome,
+    pareto,
+    task_bars,
+    task_table,
+)
+from .results import MEAN, Results, by_task, markdown, percent, table
 from .search import search_all, training_seconds
-from .threats import Threat, load_plugins, threats_of
+from .threats import Threat, load_plugins, threat, threats_of
 from .train import dry_run, finetune
 from .weights import load_model, read_notes
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from agft.plots import Figure
 
 # %% auto #0
@@ -95,8 +113,21 @@ def _demo(
     print(f'{recipe.model.name}: {", ".join(recipe.demo)} on {recipe.data.source!r}, {work}', flush=True)
     models = train_all(recipe, recipe.demo, seeds, lambda method, seed: out/f'{method}-{seed}', device)
     runs = evaluate_all(recipe, models, tasks, recipe.eval, out/'flags', device)
-    results = Results.from_records(records_of(runs, recipe.eval, recipe.data.source), config=as_dict(recipe))
+    source = recipe.data.source
+    results = Results.from_records(records_of(runs, recipe.eval, source), config=as_dict(recipe))
+    results.tables['paired'] = table(_best_against_others(results, runs, source))
     return results, partial(_demo_page, recipe, results, models, tasks[0], threats[0])
+
+def _best_against_others(
+    results:Results, runs:Runs, source:str, # of the demonstration; task of the fine-tuning
+)->list[dict]:                              # rows of `differences`
+    "Under the first threat, the methods with the highest robust and clean accuracy minus each other method."
+    if MEAN not in set(results.accuracy.task):
+        return []
+    first, rows = results.threats()[0], []
+    for method in dict.fromkeys((best(results, 'robust'), best(results, 'clean'))):
+        rows += differences({first: runs[first]}, source, method)
+    return rows
 
 def _about(
     command:str, threats:Sequence[Threat], tasks:Sequence[Task], device:str, began:float, **more,
@@ -117,24 +148,38 @@ def _under(results:Results, label:str)->Results:
     row = frame[frame.threat == label].iloc[0]
     return results.select(attack=row.attack, norm=row.norm, eps=row.eps)
 
-_PERCENT = 'in percent; robust: as the threats below count; ±: standard deviation over seeds'
+_CAPTION = '95 % intervals over images; dashed: chance.'
+
+def _accuracy_tables(
+    results:Results,
+)->list[Table]:
+    "Accuracies and differences of several methods under each threat."
+    found = []
+    for label in results.threats():
+        part = _under(results, label)
+        found += [method_table(part, f'Accuracy, {label}, percent'), *difference_tables(results, label),
+                  task_table(part, 'robust', f'Robust accuracy of each task, {label}, percent')]
+    return [*found, task_table(part, 'clean', 'Clean accuracy of each task, percent')]
 
 def _demo_page(
     recipe:Recipe, results:Results, models:Sequence[Trained], task:Task, threat:Threat,
 )->str:
     "The report of a demonstration."
-    tables = {f'Accuracy, {label}': by_task(_under(results, label)) for label in results.threats()}
     first = _under(results, results.threats()[0])
-    what = '95 % intervals over images; dashed: chance.'
-    figures = {f'Zero-shot mean, clean against robust, {what}': pareto(first)}
-    for kind in ('robust', 'clean'):
-        figures |= {f'{kind.capitalize()} accuracy of each task, {what}': task_bars(first, kind)}
+    where = MEAN if MEAN in set(first.accuracy.task) else task.name
+    label = first.threats()[0]
+    figures = {f'Clean against robust accuracy, {where}, {label}, {_CAPTION}': pareto(first, where),
+               f'Robust accuracy of each task, {label}, {_CAPTION}': task_bars(first),
+               f'Clean accuracy of each task, {_CAPTION}': task_bars(first, 'clean')}
     for shown in (models[0], models[-1]):
         caption = f'Images of {task.name!r}, the perturbation, and the predictions of {shown.method} on both.'
         model = load_model(shown.source, resize=recipe.model.resize)
         figures |= {caption: attack_examples(model, task, threat)}
-    about = {'accuracy': _PERCENT, **results.about}
-    return html_report(f'agft demo: {recipe.model.name}', tables, about, figures)
+    asked = (f'Fine-tune {recipe.model.name} on {task.name!r} with {", ".join(recipe.demo)}, and test these '
+             'models and the original (CLIP) on this task and the zero-shot tasks, clean and under attack.')
+    about = results.about | dict(chance=chance_text(first))
+    title = f'agft demo: {recipe.model.name}'
+    return Report(title, asked, outcome(first), about, _accuracy_tables(results), figures).html()
 
 def attack_examples(
     model:ZeroShotCLIP,
@@ -196,7 +241,7 @@ def _check_workers(workers:int, device:str):
 
 def evaluate(
     config:EvaluateConfig,
-    out:str|Path,        # directory of the flags and results.json
+    out:str|Path,        # directory of the flags, results.json and report.html
     device:str='auto',   # auto, cpu or cuda
     command:str='',      # for the results
     workers:int=1,       # tasks evaluated at the same time, in processes of one thread each, on a CPU
@@ -221,8 +266,34 @@ def evaluate(
         results.about = _about(command, threats, tasks, device, began, inputs=inputs)
         if processes().is_main_process:
             results.save(folder/'results.json')
+            write_text(folder/'report.html', _eval_page(results, name, source))
     print(f'{results.about["threats"]}\n{markdown(by_task(results))}')
     return results
+
+_DRAWN = 4 # threats in a figure, each with a colour of its own
+
+def _strongest(results:Results)->Results:
+    "The results of one model under the threats that leave the lowest accuracy."
+    frame = results.final()
+    order = frame.groupby('threat', sort=False).robust.mean().sort_values(kind='stable')
+    return Results(results.accuracy[frame.threat.isin(order.index[:_DRAWN])])
+
+def _eval_page(
+    results:Results, name:str, source:str, # of one model; task of its fine-tuning
+)->str:
+    "The report of an evaluation."
+    frame = results.final()
+    names = list(dict.fromkeys(frame.task[frame.role != 'mean']))
+    shown, first = _strongest(results), _under(results, results.threats()[0])
+    labels = ', '.join(shown.threats())
+    figures = {f'Robust accuracy of each task, {labels}, {_CAPTION}': task_bars(shown),
+               f'Clean accuracy of each task, {_CAPTION}': task_bars(first, 'clean')}
+    among = f'its source task {source!r} among them, ' if source in names and len(names) > 1 else ''
+    count = f'{len(names)} {"task" if len(names) == 1 else "tasks"}'
+    asked = f'Test {name} on {count}, {among}clean and under attack.'
+    about = results.about | dict(chance=chance_text(results))
+    tables = [model_table(results, 'Accuracy, percent')]
+    return Report(f'agft eval: {name}', asked, outcome(results), about, tables, figures).html()
 
 # %% ../nbs/26_commands.ipynb #47ce13d8
 def audit(
@@ -238,19 +309,37 @@ def audit(
     model = load_model(name, resize=config.model.resize).to(pick_device(device))
     with open_run(out, _run('audit', config, dict(model=fingerprint(model)))) as folder:
         verdicts, task = audit_model(config, model, device)
-        about = dict(command=command, task=task.name, images=len(task), version=__version__,
-                     machine=machine(pick_device(device)), seconds=round(time.time() - began, 1))
+        threats = [threat(config.attack, config.eps, config.norm)]
+        about = _about(command, threats, [task], device, began, task=task.name, images=len(task))
         found = {verdict.name: dict(ok=verdict.ok, finding=verdict.finding) for verdict in verdicts}
         write_json(folder/'audit.json', dict(verdicts=found, about=about))
-        rows = [dict(check=v.name, verdict='✓ ok' if v.ok else '✗ flag', finding=v.finding) for v in verdicts]
-        shown = table(rows).set_index('check')
-        figures = {'What the checks measured.': audit_figure(verdicts)}
-        page = html_report(f'agft audit: {Path(name).name}', {'Verdicts': shown}, about, figures)
-        write_text(folder/'audit.html', page)
+        about['chance'] = f'{percent(1/len(task.classes))} %'
+        write_text(folder/'audit.html', _audit_page(name, verdicts, about))
     failed = [verdict.name for verdict in verdicts if not verdict.ok]
-    print(markdown(shown))
+    print(markdown(_verdict_frame(verdicts)))
     print(f'\ndo not believe this number: {", ".join(failed)}' if failed else '\nevery check passed')
     return verdicts
+
+def _verdict_frame(verdicts:Sequence[Verdict])->pd.DataFrame:
+    "A row for each check."
+    rows = [dict(check=v.name, verdict='✓ ok' if v.ok else '✗ flag', finding=v.finding) for v in verdicts]
+    return table(rows).set_index('check')
+
+def _audit_page(
+    name:str, verdicts:Sequence[Verdict], about:dict[str, Any], # of the model; what stands behind them
+)->str:
+    "The report of an audit."
+    done = [verdict.name for verdict in verdicts]
+    failed = [verdict.name for verdict in verdicts if not verdict.ok]
+    missing = [each for each in CHECKS if each not in done]
+    said = f'{len(done) - len(failed)} of {len(done)} checks passed.'
+    if failed:
+        said += f' The robust accuracy is not reliable; flagged: {", ".join(failed)}.'
+    note = f'Checks that do not apply: {", ".join(missing)}.' if missing else ''
+    asked = f'Check whether the robust accuracy of {name} on {about["task"]!r} can be believed.'
+    tables = [frame_table('Verdicts', _verdict_frame(verdicts), note)]
+    figures = {'What the checks measured.': audit_figure(verdicts)}
+    return Report(f'agft audit: {name}', asked, said, about, tables, figures, 'audit.json').html()
 
 # %% ../nbs/26_commands.ipynb #b07674da
 def tune(

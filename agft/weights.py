@@ -41,8 +41,8 @@ from agft.core import (
 from .model import ZeroShotCLIP, add_learned_input
 
 # %% auto #0
-__all__ = ['SMALL', 'read_weights', 'read_notes', 'checkpoint_info', 'new_model', 'load_model', 'save_model', 'load_weights',
-           'load_visual']
+__all__ = ['SMALL', 'read_weights', 'transformers_state', 'read_notes', 'checkpoint_info', 'new_model', 'load_model',
+           'save_model', 'load_weights', 'load_visual']
 
 # %% ../nbs/07_weights.ipynb #a9c6b177
 import_torchvision()  # before open_clip, which imports it
@@ -257,19 +257,44 @@ _RENAMED = {  # transformers -> open_clip, replaced in this order
     'position_embedding.weight': 'positional_embedding', 'visual_projection.weight': 'visual.proj',
     'text_projection.weight': 'text_projection'}
 
+_TRANSPOSED = 'visual.proj', 'text_projection'
+
+def _open_clip_name(
+    key:str, # in a transformers.CLIPModel
+)->str:
+    "The name of a tensor in open_clip, which has queries, keys and values in one tensor."
+    for old, new in _RENAMED.items():
+        key = key.replace(old, new)
+    return key
+
 def _from_transformers_state(
     state:dict[str, Tensor],  # of a transformers.CLIPModel
 )->dict[str, Tensor]:         # of an open_clip.CLIP
     "The same tensors under open_clip's names."
     named = {}
     for key, value in state.items():
-        for old, new in _RENAMED.items():
-            key = key.replace(old, new)
-        named[key] = value.T if key in ('visual.proj', 'text_projection') else value
+        name = _open_clip_name(key)
+        named[name] = value.T if name in _TRANSPOSED else value
     for query in [key for key in named if '.q_proj.' in key]:
         parts = [named.pop(query.replace('q_proj', f'{letter}_proj')) for letter in 'qkv']
         named[query.replace('q_proj.', 'in_proj_')] = torch.cat(parts)
     return named
+
+def transformers_state(
+    state:dict[str, Tensor],  # of an open_clip.CLIP
+    names:Iterable[str],      # of the tensors of a transformers.CLIPModel, or of its image encoder alone
+)->dict[str, Tensor]:         # one tensor for each name
+    "The tensors of open_clip under transformers' names."
+    found = {}
+    for name in names:
+        key = _open_clip_name(name)
+        letter = re.search(r'\.([qkv])_proj\.', key)
+        if letter:
+            joined = state[key.replace(f'{letter[1]}_proj.', 'in_proj_')]
+            found[name] = joined.chunk(3)['qkv'.index(letter[1])]
+        else:
+            found[name] = state[key].T if key in _TRANSPOSED else state[key]
+    return found
 
 def _fill(
     model:Any,                # of open_clip

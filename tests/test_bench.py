@@ -61,7 +61,7 @@ def check_what_a_reader_finds(results):
     assert len(results.tables['weights'].query("method == 'AGFT'")) == 3
     assert 'worst case 4/255' in results.select(section='strong').threats()
     page = bench_page(results)
-    assert page.count('<table') == 9 and page.count('data:image/png') == 3 and 'src="http' not in page
+    assert page.count('<table') == 11 and page.count('<svg') == 3 and 'http' not in page
 
 
 def check_numbers_are_recounted(results, out):

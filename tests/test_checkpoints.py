@@ -318,11 +318,12 @@ def test_a_folder_for_the_hub_is_read_by_open_clip(tmp_path, name):
     assert fingerprint(load_model(tmp_path/'out'/'open_clip_model.safetensors')) == fingerprint(ours)
     _, head, text = (tmp_path/'out'/'README.md').read_text(encoding='utf-8').split('---\n', 2)
     assert yaml.safe_load(head) == dict(
-        library_name='open_clip', pipeline_tag='zero-shot-image-classification', license='mit',
-        base_model='you/base', tags=['clip', 'adversarial-robustness', 'agft'])
-    for word in ('hf-hub:me/robust', '80.0', '30.0', 'L∞, ε = 4/255', '# robust'):
+        library_name='agft' if name == 'agft-photo' else 'open_clip',
+        pipeline_tag='zero-shot-image-classification', license='mit', base_model='you/base',
+        tags=['clip', 'adversarial-robustness', 'agft'])
+    for word in ('me/robust', '80.0', '30.0', 'L∞, ε = 4/255', '# robust'):
         assert word in text, word
-    assert ('agft.weights.load_model(' in text) == (name in ('agft-tiny', 'agft-photo'))
+    assert ('hf-hub:me/robust' in text) == (name != 'agft-photo')
     assert ('| eps' in text) == own
 
 
@@ -442,6 +443,8 @@ def test_bf16_encoder_keeps_gradients():
 def test_export_is_one_command(tmp_path, capsys):
     save_model(make_model('agft-test'), tmp_path/'m.safetensors', method='AGFT')
     line = ['export', str(tmp_path/'m.safetensors'), 'me/x', '--licence', 'mit', '--out', str(tmp_path/'out')]
+    assert main([*line, '--format', 'onnx']) == 2 and not (tmp_path/'out').exists()
+    assert 'transformers-vision' in capsys.readouterr().err
     assert main(line) == 0 and f'local-dir:{tmp_path/"out"}' in capsys.readouterr().out
     exported = load_model(f'local-dir:{tmp_path/"out"}')
     assert fingerprint(exported) == fingerprint(load_model(tmp_path/'m.safetensors'))

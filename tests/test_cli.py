@@ -57,7 +57,8 @@ def test_demo_writes_everything_and_repeats_itself(small_preset, tmp_path, capsy
     assert set(results.accuracy.role) == {'source', 'zero-shot', 'mean'}
     check_intervals(results.accuracy)
     page = (tmp_path/'a'/'report.html').read_text()
-    assert page.count('data:image/png') == 5 and 'src="http' not in page and MEAN in page
+    assert page.count('<svg') == 5 and 'http' not in page and MEAN in page
+    assert 'interval of the paired difference' in page
     assert load_model(tmp_path/'a'/'AGFT-0'/'model.safetensors').name == 'agft-tiny'
     assert MEAN in capsys.readouterr().out
 
@@ -123,7 +124,8 @@ def test_audit_writes_its_verdicts_and_a_page(tmp_path, capsys):
     found = json.loads((tmp_path/'a'/'audit.json').read_text())['verdicts']
     assert {'zero gradients', 'black box', 'restarts'} <= set(found) and found['zero gradients']['ok']
     page = (tmp_path/'a'/'audit.html').read_text()
-    assert page.count('data:image/png') == 1 and all(name in page for name in found)
+    assert page.count('<svg') == 1 and 'http' not in page and all(name in page for name in found)
+    assert f' of {len(found)} checks passed.' in page
     assert 'zero gradients' in capsys.readouterr().out
 
 
@@ -365,3 +367,18 @@ def test_import_agft_is_light():
     code = f'import sys, agft; print([m for m in {HEAVY!r} if m in sys.modules])'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'
+
+
+@pytest.mark.parametrize('count,code', [(2, 2), (1, None)])
+def test_a_lost_process_is_one_line(monkeypatch, capsys, count, code):
+    def dies(name, options):
+        raise RuntimeError('[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:31337')
+    monkeypatch.setattr('agft.cli._run', dies)
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('WORLD_SIZE', str(count))
+    if code is None:
+        with pytest.raises(RuntimeError, match='gloo'):
+            main(['data', 'list'])
+        return
+    assert main(['train', '--steps', '1', '--out', 'x']) == code
+    assert capsys.readouterr().err.startswith('agft: another process of this run ended; what it printed')

@@ -3,13 +3,18 @@ import ast
 import base64
 import importlib.util
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
+from nbdev.frontmatter import _md2dict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -85,6 +90,7 @@ def test_links_lead_somewhere(nb):
             continue
         for link in LINK.findall(cell.source):
             assert (ROOT/nb.parent/link).exists(), link
+            assert ROOT/'nbs' in (ROOT/nb.parent/link).resolve().parents, f'{link} is no page of the site'
 
 
 @pytest.mark.parametrize('page', PAGES, ids=str)
@@ -100,12 +106,15 @@ def test_figures_are_small_and_have_captions(nb):
     for cell, below in zip(book, following, strict=True):
         data = [output.get('data', {}) for output in cell.outputs]
         pngs = [''.join(d['image/png']) for d in data if 'image/png' in d]
+        svgs = [''.join(d['image/svg+xml']) for d in data if 'image/svg+xml' in d]
         end = cell.source[-120:]
-        if pngs:
+        if pngs or svgs:
             caption = below.kind == 'markdown' and re.match(r'[*_]\S', below.source)
             assert caption, f'no caption in italics under the figure of: {end}'
         for png in pngs:
             assert len(base64.b64decode(png)) < 100_000, end
+        for svg in svgs:
+            assert len(svg) < 100_000, end
 
 
 @each_notebook
@@ -187,7 +196,20 @@ def test_site_and_settings_agree():
     shown = site['title'], site['description'], site['repo-url']
     assert shown == (ini['title'], ini['description'], ini['git_url'])
     assert f'__version__ = "{ini["version"]}"' in (ROOT/'agft/__init__.py').read_text()
-    assert f'## {ini["version"]}' in (ROOT/'CHANGELOG.md').read_text()
+    cited = re.findall(r'Version (\d[\d.]+\d)|version = \{(.+)\}', (ROOT/'README.md').read_text())
+    assert [max(pair) for pair in cited] == [ini['version']]*2
+
+
+def test_changelog_has_its_form():
+    "Keep a Changelog: unreleased changes first, then each release with its date, in known sections."
+    text = (ROOT/'CHANGELOG.md').read_text()
+    first, *releases = re.findall(r'^## (.+)$', text, re.M)
+    assert first == '[Unreleased]' and releases[0].startswith(f'[{settings()["version"]}] - ')
+    assert all(re.fullmatch(r'\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d', release) for release in releases)
+    sections = {'Added', 'Changed', 'Deprecated', 'Removed', 'Fixed', 'Security'}
+    assert set(re.findall(r'^### (.+)$', text, re.M)) <= sections
+    for name in re.findall(r'^## \[(.+?)\]', text, re.M):
+        assert f'\n[{name}]: {settings()["git_url"]}/' in text
 
 
 @each_notebook
@@ -216,3 +238,203 @@ def test_words_that_were_replaced_do_not_come_back(word):
         for cell in cells(nb):
             found = pattern.search(allowed.sub('', cell.source))
             assert not found, f'{nb}, {cell.kind} cell: {found}'
+
+
+# -- the site, as far as it can be checked without Quarto
+
+FENCE = re.compile(r'^(```|~~~).*?^\1', re.S | re.M)
+HEADING = re.compile(r'^(#+) +(.+?) *$', re.M)
+
+
+class Heading(NamedTuple):
+    "A heading of a page."
+    level:int
+    text:str
+
+
+def headings(markdown):
+    "The headings of Markdown outside of code."
+    return [Heading(len(marks), text) for marks, text in HEADING.findall(FENCE.sub('', markdown))]
+
+
+def prose(nb):
+    "All Markdown of a notebook."
+    return '\n\n'.join(cell.source for cell in cells(nb) if cell.kind == 'markdown')
+
+
+def anchor(text):
+    "The identifier that Pandoc gives a heading."
+    plain = re.sub(r'\[(.+?)\]\(.*?\)', r'\1', text)
+    plain = re.sub(r'[^\w\s.-]', '', plain).strip().lower()
+    return re.sub(r'^[^a-z]+', '', re.sub(r'\s+', '-', plain))
+
+
+def anchors(nb):
+    "What a link into a page can name: its headings, and the functions and classes that are documented there."
+    found = {anchor(heading.text) for heading in headings(prose(nb))}
+    for cell in cells(nb):
+        if re.match(r'#\|\s*export', cell.source):
+            found |= {getattr(node, 'name', '').lower() for node in ast.parse(cell.source).body}
+    return found
+
+
+def test_anchors_are_those_of_pandoc():
+    assert anchor("How far is the paper's protocol from ours?") == 'how-far-is-the-papers-protocol-from-ours'
+    assert anchor('2. `agft eval`: [flags](a.ipynb), twice') == 'agft-eval-flags-twice'
+    assert headings('# a\n```sh\n# no\n```\n## b') == [Heading(1, 'a'), Heading(2, 'b')]
+
+
+@each_notebook
+def test_first_cell_becomes_the_front_matter(nb):
+    "nbdev makes title and description of the first cell, and drops whatever else it holds."
+    front = _md2dict(cells(nb)[0].source)
+    assert set(front) == {'title', 'description'}
+    assert len([line for line in cells(nb)[0].source.splitlines() if line.strip()]) == 2
+
+
+def test_titles_differ():
+    titles = [headings(cells(nb)[0].source)[0].text.casefold() for nb in BOOK]
+    assert len(set(titles)) == len(titles)
+
+
+@each_notebook
+def test_headings_are_in_order(nb):
+    levels = [heading.level for heading in headings(prose(nb))]
+    assert levels[0] == 1 and levels.count(1) == 1
+    for above, below in zip(levels, levels[1:], strict=False):
+        assert below <= above + 1, headings(prose(nb))
+
+
+@each_notebook
+def test_links_to_headings_lead_somewhere(nb):
+    for target, name in re.findall(r'\]\(([^)#\s:]*)#([^)\s]+)\)', prose(nb)):
+        page = (nb.parent/target) if target else nb
+        assert page.suffix == '.ipynb' and name in anchors(page), f'{target}#{name}'
+
+
+# Figures of these pages have no alt text yet. A page leaves the list when they have one; none joins it.
+NO_ALT = {
+    '00_core', '02_plots', '03_world', '04_registry', '05_data', '06_model', '08_attack', '09_threats',
+    '10_methods', '12_loop', '13_train', '14_evaluation', '16_report', '17_calibration', '18_auditing',
+    '23_pretrain', '26_commands', 'ablation', 'calibration', 'cost', 'embedding', 'methods', 'photo',
+    'radii', 'strong', 'threats', 'tradeoff', 'unseen'}
+
+
+@each_notebook
+def test_images_have_alt_text(nb):
+    assert not re.findall(r'!\[\s*\]\(', prose(nb))
+    missing = []
+    for cell in cells(nb):
+        kinds = {kind for output in cell.outputs for kind in output.get('data', {})}
+        shown = kinds & {'image/png', 'image/svg+xml'} and not cell.source.startswith('#| hide')
+        if shown and not re.search(r'^#\|\s*fig-alt:\s*"?\w.{20}', cell.source, re.M):
+            missing.append(cell.source[-80:])
+    if nb.stem in NO_ALT and missing:
+        pytest.xfail(f'{len(missing)} figures without alt text (#| fig-alt: ...)')
+    assert not missing
+
+
+def site():
+    "The site's settings."
+    return yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+
+
+WEBSITE_KEYS = {  # of Quarto 1.7, which refuses others; title, description and more stand in nbdev.yml
+    'announcement', 'back-to-top-navigation', 'body-footer', 'body-header', 'bread-crumbs', 'code-links',
+    'comments', 'favicon', 'image', 'image-alt', 'margin-footer', 'margin-header', 'navbar', 'open-graph',
+    'other-links', 'page-footer', 'page-navigation', 'reader-mode', 'repo-actions', 'repo-subdir', 'search',
+    'sidebar', 'twitter-card'}
+
+
+def test_site_has_what_readers_look_for():
+    html, web = site()['format']['html'], site()['website']
+    assert set(site()['format']) == {'html'}, 'other formats need keep-md, and fail before Quarto 1.10'
+    assert set(web) <= WEBSITE_KEYS
+    assert web['page-navigation'] and web['search'] and html['toc']
+    assert re.search(r'/katex@\d+\.\d+\.\d+/dist/$', html['html-math-method']['url'])
+    assert set(html['theme']) == {'light', 'dark'} and html['respect-user-color-scheme']
+    footer = ' '.join(web['page-footer'].values())
+    for file in ('LICENSE', 'CITATION.cff', 'CHANGELOG.md'):
+        assert f'{settings()["git_url"]}/blob/{settings()["branch"]}/{file}' in footer
+        assert (ROOT/file).is_file()
+
+
+def test_site_has_an_icon_and_a_card():
+    web = site()['website']
+    assert {web['favicon'], web['image']} == set(site()['project']['resources'])
+    assert (ROOT/'nbs'/web['favicon']).stat().st_size < 1000
+    card = (ROOT/'nbs'/web['image']).read_bytes()
+    assert card[:8] == b'\x89PNG\r\n\x1a\n' and len(card) < 100_000
+    assert (int.from_bytes(card[16:20], 'big'), int.from_bytes(card[20:24], 'big')) == (1200, 630)
+    assert web['image-alt']
+
+
+@pytest.mark.parametrize('link', re.findall(r'blob/main/([^)#\s]+)', prose(Path('nbs/index.ipynb'))))
+def test_links_into_the_repository_lead_somewhere(link):
+    assert (ROOT/link).exists()
+
+
+def test_page_that_is_not_found_leads_on():
+    text = (ROOT/'nbs/404.qmd').read_text(encoding='utf-8')
+    links = LINK.findall(text)
+    assert links and all((ROOT/'nbs'/link).exists() for link in links)
+
+
+COPY = """import sys
+from nbdev.serve import proc_nbs
+sys.path.insert(0, sys.argv[1])
+from render_site import COPIED
+proc_nbs(n_workers=0, **COPIED)"""
+
+
+def test_what_stands_beside_the_notebooks_reaches_the_site(tmp_path):
+    "nbdev leaves out names with an underscore, such as _metadata.yml, unless it is told otherwise."
+    shutil.copy(ROOT/'settings.ini', tmp_path)
+    shutil.copy(ROOT/'_quarto.yml', tmp_path)
+    hidden = shutil.ignore_patterns('*.ipynb', 'runs', 'images', '.*')
+    shutil.copytree(ROOT/'nbs', tmp_path/'nbs', symlinks=True, ignore=hidden)
+    copy = [sys.executable, '-c', COPY, ROOT/'tools']
+    env = {**os.environ, 'HOME': str(tmp_path)}
+    subprocess.run(copy, cwd=tmp_path, env=env, check=True, capture_output=True)
+    named = [*site()['project']['resources'], site()['format']['html']['css']]
+    for file in ('_quarto.yml', 'nbdev.yml', '404.qmd', 'experiments/_metadata.yml', *named):
+        assert (tmp_path/'_proc'/file).is_file(), file
+    assert yaml.safe_load((ROOT/'nbs/experiments/_metadata.yml').read_text())['code-fold'] is True
+    assert 'run: python tools/render_site.py' in (ROOT/'.github/workflows/deploy.yaml').read_text()
+
+
+def luminance(color):
+    "The relative luminance of a colour #rrggbb (WCAG 2)."
+    parts = [int(color[i:i + 2], 16)/255 for i in (1, 3, 5)]
+    linear = [c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4 for c in parts]
+    return .2126*linear[0] + .7152*linear[1] + .0722*linear[2]
+
+
+def contrast(one, other):
+    "The contrast of two colours, from 1 to 21."
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + .05)/(low + .05)
+
+
+def test_contrast_is_that_of_the_standard():
+    assert contrast('#000000', '#ffffff') == 21 and round(contrast('#777777', '#ffffff'), 2) == 4.48
+
+
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+def test_colours_of_the_site_can_be_read(theme):
+    css = (ROOT/'nbs/styles.css').read_text(encoding='utf-8')
+    block = re.search(rf'body\.quarto-{theme} \{{(.*?)\}}', css, re.S)
+    assert block
+    colours = dict(re.findall(r'--agft-([\w-]+): (#[0-9a-f]{6})', block[1]))
+    used = set(re.findall(r'var\(--agft-([\w-]+)\)', css))
+    assert used <= set(colours)
+    for name in ('text', 'quiet', 'link', 'code'):
+        assert contrast(colours[name], colours['page']) >= 4.5, name
+    assert contrast(colours['code'], colours['code-page']) >= 4.5
+    assert contrast(colours['rule'], colours['page']) >= 3
+
+
+def test_wide_things_scroll():
+    css = (ROOT/'nbs/styles.css').read_text(encoding='utf-8')
+    scrolling = re.findall(r'^([^{}@/\n]+?) \{[^{}]*overflow-x: auto[^{}]*\}', css, re.M)
+    assert {'.katex-display', '.cell-output-display table, main table', '.cell-output pre'} <= set(scrolling)

@@ -1,6 +1,9 @@
 "Settings of the pre-training, and models that are shared: a card and a folder that open_clip loads."
 import os
-from typing import Any
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import open_clip
@@ -10,6 +13,7 @@ import yaml
 from torchvision.transforms import Compose
 
 from agft import hub
+from agft.cli import _COMMANDS
 from agft.config import PretrainConfig, Recipe, build, load_preset, override
 from agft.core import AgftError, read_json, seeded, write_json
 from agft.evaluation import Flags
@@ -81,14 +85,20 @@ def test_pretrain_records_its_settings_and_continues(tmp_path, capsys):
     assert str(out/'agft-tiny.safetensors') in capsys.readouterr().out
 
 
+def random_model(name):
+    "A model with random weights and biases."
+    torch.manual_seed(0)
+    model = new_model(name)
+    for p in model.parameters():
+        p += .02*torch.randn(p.shape)
+    return model
+
+
 @pytest.fixture
 def checkpoint(tmp_path, architectures):
     "A small random model, in an architecture from a JSON file, as a checkpoint of a fine-tuning run."
     architectures({'agft-test': SMALL})
-    torch.manual_seed(0)
-    model = new_model('agft-test')
-    for p in model.parameters():
-        p += .02*torch.randn(p.shape)
+    model = random_model('agft-test')
     notes:dict[str, Any] = {'method': 'AGFT', 'source': 'things', 'attack.eps': '1/255'}
     save_model(model, tmp_path/'m.safetensors', **notes)
     return tmp_path/'m.safetensors'
@@ -135,7 +145,7 @@ def test_a_folder_holds_the_model_and_its_card(tmp_path, checkpoint):
     for word in ('# robust', 'hf-hub:me/robust', 'fine-tuned by AGFT', '80.0', '40.0', '30.0', 'pgd20 4/255',
                  'L∞, ε = 4/255 at 32 px', 'agft eval m.safetensors', '| attack.eps', '"1/255"'):
         assert word in text, word
-    assert 'agft.weights.load_model(' not in text
+    assert 'tokenizer.json' not in text and not (tmp_path/'out'/'tokenizer.json').exists()
 
 
 def test_a_card_without_results_claims_nothing(checkpoint):
@@ -143,10 +153,153 @@ def test_a_card_without_results_claims_nothing(checkpoint):
     assert 'No numbers' in card and 'No evaluation' in card and 'base_model' not in card
 
 
-def test_the_card_of_a_small_model_registers_its_architecture(tmp_path):
+def read_without_agft(library, folder, tmp_path, model):
+    "What a library makes of a folder in a process that cannot import agft; the images and texts that it got."
+    pytest.importorskip('transformers')
+    images = torch.randint(0, 256, (2, 3, *model.size), generator=seeded('images'), dtype=torch.uint8)
+    torch.save({'images': images, 'texts': TEXTS}, tmp_path/'inputs.pt')
+    script = Path(__file__).with_name('without_agft.py')
+    files = [str(path) for path in (folder, tmp_path/'inputs.pt', tmp_path/'results.pt')]
+    subprocess.run([sys.executable, str(script), library, *files], check=True, cwd=tmp_path,
+                   env={**os.environ, 'HF_HUB_OFFLINE': '1'})
+    return torch.load(tmp_path/'results.pt'), images/255
+
+
+def as_ours(model, logits, x):
+    "The logits of another library are those of the model."
+    torch.testing.assert_close(logits, model.logits(x, model.encode_text(TEXTS)), rtol=1e-5, atol=1e-5)
+
+
+def test_open_clip_reads_a_small_model_without_agft(tmp_path):
+    "The vocabulary is in the folder: open_clip's own has ids up to 49,407 for 851 rows."
+    model = load_model('agft-tiny')
+    save_model(model, tmp_path/'m.safetensors')
+    folder = hub.export_folder(tmp_path/'m.safetensors', tmp_path/'out', 'me/x', 'mit')
+    assert read_json(folder/'open_clip_config.json')['model_cfg']['text_cfg']['hf_tokenizer_name'] == 'me/x'
+    assert 'tokenizer.json, which open_clip reads with transformers' in (folder/'README.md').read_text()
+    (tokens, logits), x = read_without_agft('open_clip', folder, tmp_path, model)
+    assert tokens.shape == (3, 24) and tokens.max() == 850
+    as_ours(model, logits, x)
+
+
+def test_a_model_from_an_exported_folder_is_exported_again(tmp_path):
     save_model(load_model('agft-tiny'), tmp_path/'m.safetensors')
-    card = hub.model_card(tmp_path/'m.safetensors', repo_id='me/x', licence='mit')
-    assert 'import agft.weights' in card and "agft.weights.load_model('agft-tiny').tokenizer" in card
+    first = hub.export_folder(tmp_path/'m.safetensors', tmp_path/'first', 'me/x', 'mit')
+    model = load_model(f'local-dir:{first}')
+    model.model.visual.attnpool.c_proj.weight.data *= 1.1
+    save_model(model, tmp_path/'tuned.safetensors')
+    again = hub.export_folder(tmp_path/'tuned.safetensors', tmp_path/'again', 'me/tuned', 'mit')
+    source, x = f'local-dir:{again}', torch.rand(2, 3, *model.size, generator=seeded('images'))
+    tokens = open_clip.get_tokenizer(source)(TEXTS)
+    theirs:Any = open_clip.create_model(source).eval()
+    logits = theirs.get_logits((x - model.mean)/model.std, tokens)[0]
+    assert tokens.max() == 850
+    as_ours(load_model(tmp_path/'tuned.safetensors'), logits, x)
+
+
+@pytest.fixture
+def transformer(tmp_path, architectures, request):
+    "A small random vision transformer with its own normalisation; the parameter: whether with quick-gelu."
+    architectures({'agft-test': SMALL | {'quick_gelu': request.param}})
+    model = random_model('agft-test')
+    model.mean += .1
+    model.std *= .9
+    save_model(model, tmp_path/'m.safetensors')
+    return load_model(tmp_path/'m.safetensors')
+
+
+@pytest.mark.parametrize('transformer', [True, False], indirect=True)
+def test_transformers_reads_a_model_without_agft(tmp_path, transformer):
+    folder = hub.export_folder(tmp_path/'m.safetensors', tmp_path/'out', 'me/x', 'mit', format='transformers')
+    (tokens, logits), x = read_without_agft('transformers', folder, tmp_path, transformer)
+    assert tokens.max() == 49407
+    as_ours(transformer, logits, x)
+    again = load_model('agft-test', folder/'model.safetensors')  # under open_clip's names
+    assert fingerprint(again.model) == fingerprint(transformer.model)
+    head = yaml.safe_load((folder/'README.md').read_text(encoding='utf-8').split('---\n')[1])
+    assert head['library_name'] == 'transformers'
+
+
+@pytest.mark.parametrize('transformer', [True], indirect=True)
+def test_transformers_reads_an_image_encoder_without_agft(tmp_path, transformer):
+    "With its projection, and without it, as LLaVA does."
+    folder = hub.export_folder(tmp_path/'m.safetensors', tmp_path/'out', 'me/x', 'mit',
+                               format='transformers-vision')
+    assert not (folder/'tokenizer.json').exists()
+    (projected, pooled), x = read_without_agft('vision', folder, tmp_path, transformer)
+    features, proj = transformer.features(x), transformer.model.visual.proj
+    torch.testing.assert_close(projected, features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pooled @ proj, features, rtol=1e-5, atol=1e-5)
+
+
+def test_transformers_resizes_as_far_as_it_can(tmp_path, checkpoint):
+    model = load_model(checkpoint, resize='bicubic-plain')
+    save_model(model, tmp_path/'cubic.safetensors')
+    for name, resample in (('m', 2), ('cubic', 3)):
+        file = tmp_path/f'{name}.safetensors'
+        folder = hub.export_folder(file, tmp_path/name, 'me/x', 'mit', format='transformers-vision')
+        rule = read_json(folder/'preprocessor_config.json')
+        assert (rule['resample'], rule['size']) == (resample, {'shortest_edge': 32})
+        assert rule['crop_size'] == {'height': 32, 'width': 32}
+    folder = hub.export_folder(tmp_path/'cubic.safetensors', tmp_path/'open', 'me/x', 'mit')
+    preprocess = open_clip.create_model_and_transforms(f'local-dir:{folder}')[2]
+    assert isinstance(preprocess, Compose) and preprocess.transforms[0].interpolation.value == 'bicubic'
+
+
+@pytest.mark.parametrize('change, format, words', [
+    ({'vision_cfg': {'layers': [1, 1, 1, 1], 'width': 16, 'image_size': 64}}, 'transformers-vision',
+     r"image encoder.*layers=\[1, 1, 1, 1\].*ViT-B-32.*--format open_clip"),
+    ({'vision_cfg': SMALL['vision_cfg'] | {'no_ln_pre': True}}, 'transformers',
+     'image encoder.*no_ln_pre=True'),
+    ({'vision_cfg': SMALL['vision_cfg'] | {'image_size': [32, 64]}}, 'transformers',
+     r'image encoder.*image_size=\(32, 64\)'),
+    ({'text_cfg': SMALL['text_cfg'] | {'no_causal_mask': True}}, 'transformers',
+     'text encoder.*no_causal_mask=True.*transformers-vision'),
+    ({'init_logit_bias': -10}, 'transformers', 'init_logit_bias=-10'),
+])
+def test_what_transformers_cannot_hold_is_refused(tmp_path, architectures, change, format, words):
+    architectures({'agft-test': SMALL | change})
+    save_model(new_model('agft-test'), tmp_path/'m.safetensors')
+    with pytest.raises(AgftError, match=words) as e:
+        hub.export_folder(tmp_path/'m.safetensors', tmp_path/'out', 'me/x', 'mit', format=format)
+    assert '\n' not in str(e.value) and not (tmp_path/'out').exists()
+
+
+def test_an_image_encoder_does_not_need_the_text_encoder(tmp_path, architectures):
+    change = {'text_cfg': SMALL['text_cfg'] | {'no_causal_mask': True}}
+    architectures({'agft-test': SMALL | change})
+    save_model(new_model('agft-test'), tmp_path/'m.safetensors')
+    folder = hub.export_folder(tmp_path/'m.safetensors', tmp_path/'out', 'me/x', 'mit',
+                               format='transformers-vision')
+    assert read_json(folder/'config.json')['architectures'] == ['CLIPVisionModelWithProjection']
+
+
+def test_a_model_that_needs_agft_says_so(tmp_path, capsys):
+    "timm has no agft_resnet: printed before anything is written, and on the card."
+    save_model(load_model('agft-photo'), tmp_path/'m.safetensors')
+    folder = hub.export(tmp_path/'m.safetensors', 'me/x', 'mit', tmp_path/'out')
+    printed = capsys.readouterr().out
+    file = folder/'open_clip_model.safetensors'
+    assert 'open_clip alone cannot load' in printed and f"agft.load_model('{file}')" in printed
+    assert 'open_clip loads it as' not in printed
+    card = (folder/'README.md').read_text(encoding='utf-8')
+    assert 'library_name: agft' in card and 'agft.load_model(' in card
+    assert 'open_clip.create_model' not in card
+    assert fingerprint(load_model(file)) == fingerprint(load_model('agft-photo'))
+
+
+def test_the_command_line_knows_all_formats():
+    assert get_args(get_type_hints(_COMMANDS['export'])['format']) == tuple(hub.FORMATS)
+
+
+def test_a_folder_holds_one_format(tmp_path, checkpoint):
+    folder = hub.export_folder(checkpoint, tmp_path/'out', 'me/x', 'mit')
+    before = listing(folder)
+    with pytest.raises(AgftError, match='open_clip_model.safetensors of another export'):
+        hub.export_folder(checkpoint, folder, 'me/x', 'mit', format='transformers')
+    with pytest.raises(AgftError, match='unknown format.*onnx.*transformers-vision'):
+        hub.export(checkpoint, 'me/x', 'mit', folder, format='onnx')
+    assert listing(folder) == before
 
 
 def test_only_results_of_an_evaluation_are_taken(tmp_path, checkpoint):
@@ -180,6 +333,18 @@ def test_push_uploads_the_folder(tmp_path, monkeypatch, checkpoint):
     assert hub.push_to_hub(folder, 'me/x', token='t') == 'hf-hub:me/x'
     files = ['README.md', 'open_clip_config.json', 'open_clip_model.safetensors']
     assert calls == ['t', ('me/x', {'private': False, 'exist_ok': True}), ('me/x', files, files)]
+
+
+def test_push_uploads_the_files_of_transformers(tmp_path, monkeypatch, checkpoint):
+    calls = []
+    class Api:
+        def __init__(self, token=None): pass
+        def create_repo(self, repo_id, **options): pass
+        def upload_folder(self, folder_path, allow_patterns, **_): calls.append(allow_patterns)
+    monkeypatch.setattr(hub, 'HfApi', Api)
+    hub.export(checkpoint, 'me/x', 'mit', tmp_path/'out', push=True, format='transformers')
+    assert calls == [['README.md', 'config.json', 'model.safetensors', 'preprocessor_config.json',
+                      'tokenizer.json', 'tokenizer_config.json']]
 
 
 def test_export_is_one_command(tmp_path, checkpoint, capsys):

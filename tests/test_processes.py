@@ -25,7 +25,9 @@ from agft.methods import METHODS
 from agft.results import Results
 from agft.weights import load_model, new_model, save_model
 
-ON_SMALL = [name for name in METHODS if name != 'TGA-ZSR']  # it needs a vision transformer
+SPLIT = [name for name in METHODS if not METHODS[name].reads_captions]  # the others need the whole batch
+MAPS = 'TGA-ZSR', 'TGA-ZSR-mean'                                        # need a vision transformer
+ON_SMALL = [name for name in SPLIT if name not in MAPS]
 WORKER = Path(worker.__file__)
 
 
@@ -70,6 +72,11 @@ def test_a_batch_in_parts(tmp_path, name):
     same_first_step(tmp_path/'a', tmp_path/'b')
 
 
+def test_captions_are_compared_with_the_whole_batch(tmp_path):
+    with pytest.raises(AgftError, match='AdvFLYP compares.*2 parts.*train.accumulate 1'):
+        alone('AdvFLYP', tmp_path/'a', **{'train.accumulate': 2, 'method.lr': 1e-3})
+
+
 def test_two_processes_are_one(tmp_path, interrupted):
     "From the start, and where one process was interrupted."
     one, whole = alone('PMG-AFT', tmp_path/'one'), alone('AGFT', tmp_path/'whole')
@@ -103,7 +110,7 @@ def smooth(tmp_path, architectures, monkeypatch):
     torch.manual_seed(0)
     save_model(new_model('agft-vit'), tmp_path/'vit.safetensors')
     same = {'model.name': str(tmp_path/'vit.safetensors'), 'method.lr': 3e-4, 'train.grad_clip': None}
-    return {name: same | ({'method.logit_scale': 14.3} if name == 'TRADES-AGFT' else {}) for name in METHODS}
+    return {name: same | ({'method.logit_scale': 14.3} if name == 'TRADES-AGFT' else {}) for name in SPLIT}
 
 
 @pytest.mark.slow
@@ -113,12 +120,12 @@ def test_the_first_gradient_of_every_method(tmp_path, smooth):
     In a few batches of a hundred, the gradient at some pixel is as small as rounding, and the attack step at
     it has another sign. So two of three batches must agree.
     """
-    # TGA-ZSR: the student is the teacher, and rounding decides where the norm of their difference grows
-    smooth['TGA-ZSR']['method.beta'] = 0.
-    for name in METHODS:
+    for name in MAPS:  # the student is the teacher, and rounding decides where their distance grows
+        smooth[name]['method.beta'] = 0.
+    for name in SPLIT:
         worker.first_gradients(name, tmp_path/f'{name}-one', smooth[name])
-    together('first_gradients', [[name, tmp_path/f'{name}-two', smooth[name]] for name in METHODS])
-    for name in METHODS:
+    together('first_gradients', [[name, tmp_path/f'{name}-two', smooth[name]] for name in SPLIT])
+    for name in SPLIT:
         one, *two = [torch.load(tmp_path/f'{name}-{which}.pt') for which in ('one-0', 'two-0', 'two-1')]
         apart = (one - two[0]).abs().amax(1)/one.norm(dim=1)
         print(f'{name}: gradients differ by {", ".join(f"{share:.1e}" for share in apart)} of their length')
@@ -130,13 +137,12 @@ def test_the_first_gradient_of_every_method(tmp_path, smooth):
 def test_twenty_steps_of_every_method(tmp_path, smooth, interrupted):
     start, one = dict(load_model(smooth['AGFT']['model.name']).visual.named_parameters()), {}
     jobs = []
-    for name in METHODS:
+    for name in SPLIT:
         changes = smooth[name] | {'train.steps': 20, 'train.checkpoint_every': 1}
         one[name] = alone(name, tmp_path/f'{name}-one', **changes)
         jobs.append((name, tmp_path/f'{name}-two', changes))
-    # one process takes the first step of TGA-ZSR, for the reason above
-    tga, = [job for job in jobs if job[0] == 'TGA-ZSR']
-    interrupted(2, lambda: worker.train(*tga), METHODS['TGA-ZSR'])
+    for job in [job for job in jobs if job[0] in MAPS]:  # one process takes the first step, as above
+        interrupted(2, lambda job=job: worker.train(*job), METHODS['TGA-ZSR'])
     together('train', jobs)
     for name, out, _ in jobs:
         moved, apart = [largest_difference(one[name], other) for other in (start, weights(out))]

@@ -231,6 +231,8 @@ def test_precision(tuned, attacked):
 
 @pytest.mark.parametrize('adapter', ['encoder', 'pixel-prompt', 'lora'])
 def test_adapter(tuned, model, adapter):
+    if adapter == 'lora':
+        pytest.importorskip('peft')
     weights, out = tuned(train__adapter=adapter, train__steps=2, method__lr=.1)
     before = dict(model.visual.named_parameters())
     moved = {key for key in before if not torch.equal(weights[key], before[key])}
@@ -685,7 +687,7 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize('attack', ['pgd', 'apgd'])
-@pytest.mark.parametrize('name', [name for name in METHODS if name != 'TGA-ZSR'])
+@pytest.mark.parametrize('name', [name for name in METHODS if not name.startswith('TGA-ZSR')])
 def test_a_step_reads_nothing_back_before_its_end(model, task, name, attack):
     run = prepare_run(config(name, attack__name=attack, train__grad_clip=1.), 'cpu', model, task)
     stepper, loss_fn = Stepper(run.models.student, run.config.train, 1e-3), run.loss_fn()
@@ -713,7 +715,7 @@ OTHERS = {
     'Auto-PGD, DLR': dict(attack__name='apgd', attack__loss='dlr', attack__steps=5)}
 
 
-@pytest.mark.parametrize('name', [name for name in METHODS if name not in ('TGA-ZSR', 'Clean')])
+@pytest.mark.parametrize('name', [name for name in METHODS if not name.startswith(('TGA-ZSR', 'Clean'))])
 def test_every_method_trains_with_other_attacks(attacked, name):
     for how, changes in OTHERS.items():
         if name == 'FARE' and how == 'FGSM':
