@@ -545,8 +545,19 @@ def _photo(name:str, n:int|None, seed:int, split:str)->Task:
     templates = _TEMPLATES + _MORE_TEMPLATES.get(name, ())
     return Task(name, x, y, names, templates, covered).subset(n, seed)
 
+def _covered(name:str, n:int|None, seed:int, split:str)->Task:
+    "The classes of a photograph archive whose names have a feature of OpenAI's CLIP, without the others."
+    whole = _photo(name, None, seed, split)
+    labels, covered = whole.require_labels(), torch.tensor(whole.covered or ())
+    task = whole.choose((labels[:, None] == covered).any(1).nonzero()[:, 0])
+    renumbered = torch.searchsorted(covered, task.require_labels())
+    classes = tuple(whole.classes[c] for c in covered)
+    changes = dict(labels=renumbered, classes=classes, covered=tuple(range(len(classes))))
+    return replace(task, name=f'{name}-covered', **changes).subset(n, seed)
+
 TASKS = {name: partial(_world, name) for name in WORLD_TASKS}
 TASKS |= {name: partial(_photo, name) for name in PHOTO_ARCHIVES}
+TASKS |= {f'{name}-covered': partial(_covered, name) for name in ('cifar100', 'caltech101')}
 
 # %% ../nbs/05_data.ipynb #6257ce6a
 def _choose_split(task:Task, split:str)->Task:

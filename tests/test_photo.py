@@ -76,6 +76,16 @@ def test_no_training_image_is_a_test_image(made_archives):
     assert not any(image.numpy().tobytes() in known for task in (train, val) for image in task.images)
 
 
+def test_covered_classes_are_those_of_the_whole_task(made_archives):
+    whole, part = load_task('cifar100'), load_task('cifar100-covered')
+    assert whole.covered is not None and part.classes == tuple(whole.classes[c] for c in whole.covered)
+    assert 0 < len(part) < len(whole) and part.covered == tuple(range(len(part.classes)))
+    both = zip(part.images, part.require_labels(), strict=True)
+    for image, label in both:
+        at = next(i for i in range(len(whole)) if torch.equal(whole.images[i], image))
+        assert whole.classes[whole.require_labels()[at]] == part.classes[label]
+
+
 @pytest.mark.skipif(archives_dir() is None, reason='the real photographs are not here (AGFT_DATA)')
 def test_shipped_photo_encoder_is_a_zero_shot_model():
     "Far above chance on classes and images that it never trained on (numbers: results/bench_photo.json)."
