@@ -18,7 +18,7 @@ from .data import Task, task_of, tasks_of
 from .diagnostics import Trained, calibration_rows, cost_rows, embedding_rows
 from .evaluation import evaluate_threats
 from .model import fingerprint, interpolate
-from .report import hypervolume, machine
+from .report import best, hypervolume, machine
 from .results import MEAN, Record, Results, Run, attack_and_radius, paired, summarise, table
 from .search import Trial, run_dir, search_all, search_method, training_seconds, with_settings
 from .threats import Threat, load_plugins, threats_of
@@ -26,8 +26,8 @@ from .train import finetune
 from .weights import load_model, read_notes, save_model
 
 # %% auto #0
-__all__ = ['Runs', 'test_tasks', 'train_all', 'evaluate_source', 'evaluate_all', 'records_of', 'too_hard', 'differences', 'quick',
-           'describe', 'bench']
+__all__ = ['Runs', 'test_tasks', 'train_all', 'evaluate_source', 'evaluate_all', 'records_of', 'too_hard', 'differences',
+           'comparisons', 'quick', 'describe', 'bench']
 
 # %% ../nbs/21_bench.ipynb #a0d09983
 def test_tasks(
@@ -138,6 +138,19 @@ def differences(
             found = paired(methods[method], methods[other], tasks, kind)
             rows.append(dict(threat=label, method=method, other=other, kind=kind, **asdict(found)))
     return rows
+
+def comparisons(
+    runs:Runs,
+    records:Sequence[Record], # of the same runs
+    source:str,        # task of the fine-tuning
+    left_out:Collection[str]=(), # more tasks that are left out
+)->list[dict]:         # rows of `differences`
+    "AGFT, and the methods with the highest robust and clean accuracy, minus each other method."
+    results = Results.from_records(records)
+    if MEAN not in set(results.accuracy.task):
+        return []
+    compared = dict.fromkeys(('AGFT', best(results, 'robust'), best(results, 'clean')))
+    return [row for method in compared for row in differences(runs, source, method, left_out)]
 
 # %% ../nbs/21_bench.ipynb #d0aac61e
 def _ablation_models(
@@ -265,6 +278,7 @@ def _sections(
     recipe, protocol, out = parts.recipe, parts.recipe.protocol, parts.out
     first = [model for model in models if model.seed == recipe.seed]
     runs, records = parts.section('main', models, replace(recipe.eval, images=protocol.images), 'all')
+    main = len(records)
     for name, eval in (('sweep', protocol.sweep), ('strong', protocol.strong), ('unseen', protocol.unseen)):
         records += parts.section(name, first, eval)[1]
     more, tables = _variants(parts, first)
@@ -279,7 +293,7 @@ def _sections(
         out/'tsne.json', lambda: embedding_rows(recipe, shown, drawn, eps, device), inputs)
     tables['cost'] = cached_json(
         out/'cost.json', lambda: cost_rows(recipe, device), dict(config=recorded(recipe)))
-    tables['paired'] = differences(runs, parts.source, left_out=parts.left_out)
+    tables['paired'] = comparisons(runs, records[:main], parts.source, parts.left_out)
     return Results.from_records(records + more, tables={name: table(rows) for name, rows in tables.items()})
 
 def bench(

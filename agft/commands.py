@@ -20,11 +20,10 @@ from .api import evaluate_model
 from .attack import misclassified
 from .auditing import CHECKS, Verdict, audit_figure, audit_model
 from agft.bench import (
-    Runs,
     Trained,
     bench,
+    comparisons,
     describe,
-    differences,
     evaluate_all,
     evaluate_source,
     quick,
@@ -52,7 +51,6 @@ from .registry import DATA_SETS, PAPER15, Missing, classes_of, data_report, data
 from agft.report import (
     Report,
     Table,
-    best,
     chance_text,
     difference_tables,
     frame_table,
@@ -114,20 +112,10 @@ def _demo(
     models = train_all(recipe, recipe.demo, seeds, lambda method, seed: out/f'{method}-{seed}', device)
     runs = evaluate_all(recipe, models, tasks, recipe.eval, out/'flags', device)
     source = recipe.data.source
-    results = Results.from_records(records_of(runs, recipe.eval, source), config=as_dict(recipe))
-    results.tables['paired'] = table(_best_against_others(results, runs, source))
+    records = records_of(runs, recipe.eval, source)
+    results = Results.from_records(records, config=as_dict(recipe))
+    results.tables['paired'] = table(comparisons(runs, records, source))
     return results, partial(_demo_page, recipe, results, models, tasks[0], threats[0])
-
-def _best_against_others(
-    results:Results, runs:Runs, source:str, # of the demonstration; task of the fine-tuning
-)->list[dict]:                              # rows of `differences`
-    "Under the first threat, the methods with the highest robust and clean accuracy minus each other method."
-    if MEAN not in set(results.accuracy.task):
-        return []
-    first, rows = results.threats()[0], []
-    for method in dict.fromkeys((best(results, 'robust'), best(results, 'clean'))):
-        rows += differences({first: runs[first]}, source, method)
-    return rows
 
 def _about(
     command:str, threats:Sequence[Threat], tasks:Sequence[Task], device:str, began:float, **more,
