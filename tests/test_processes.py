@@ -103,14 +103,18 @@ def smooth(tmp_path, architectures, monkeypatch):
 
     An attack step is a sign. Where a ReLU changes its side, many signs change with it; GELU is smooth. Where
     predictions are saturated, as at the logit scale of TRADES-AGFT, the attack follows differences that are
-    as small as rounding; at 14.3, the model's own scale, it does not.
+    as small as rounding; at 14.3, the model's own scale, it does not. Soft has γ = 0.7: at γ = 1 the student
+    starts at its target, and the gradient of its attack is as small as rounding. PMG-AFT trains at logit
+    scale 1 and needs a higher rate to move.
     """
     architectures({'agft-vit': VIT})
     monkeypatch.setenv('ARCHITECTURES', str(tmp_path/'configs'))  # for the processes that are launched
     torch.manual_seed(0)
     save_model(new_model('agft-vit'), tmp_path/'vit.safetensors')
     same = {'model.name': str(tmp_path/'vit.safetensors'), 'method.lr': 3e-4, 'train.grad_clip': None}
-    return {name: same | ({'method.logit_scale': 14.3} if name == 'TRADES-AGFT' else {}) for name in SPLIT}
+    own = {'TRADES-AGFT': {'method.logit_scale': 14.3}, 'PMG-AFT': {'method.lr': 3e-3},
+           'Soft': {'method.gamma': .7}}
+    return {name: same | own.get(name, {}) for name in SPLIT}
 
 
 @pytest.mark.slow
