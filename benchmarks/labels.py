@@ -11,43 +11,12 @@ on.
 import time
 from functools import partial
 
-import torch
+from label_faults import long_tail, wrong_labels
 from study import Variant, arguments, compare, runs_of, save
 
 from agft.config import load_preset
-from agft.core import seeded
-from agft.data import Task, load_task
 
 READ_LABELS, NO_LABELS = ('TeCoA', 'PMG-AFT'), ('AGFT', 'Soft', 'FARE')
-IMBALANCE = 50
-
-
-def training_images(source:str, n:int)->Task: return load_task(source, n, split='train')
-
-
-def wrong_labels(source:str, n:int, share:float)->Task:
-    "A share of the images has the label of another class, drawn at random."
-    task = training_images(source, n)
-    labels, classes = task.require_labels().clone(), len(task.classes)
-    generator = seeded('wrong labels', f'{share}')
-    wrong = torch.randperm(len(labels), generator=generator)[:round(share*len(labels))]
-    labels[wrong] = (labels[wrong] + torch.randint(1, classes, (len(wrong),), generator=generator)) % classes
-    return Task(f'{source}, {share:.0%} wrong', task.images, labels, task.classes, task.templates)
-
-
-def long_tail(source:str, n:int)->Task:
-    "Class sizes fall geometrically; the numbers of the classes are in random order already."
-    classes = len(load_task(source, 2).classes)
-    share = IMBALANCE**-(torch.arange(classes)/(classes - 1))
-    sizes = (n*share/share.sum()).round().long().clamp_min(1)
-    task = training_images(source, int(sizes.max())*classes)
-    labels = task.require_labels()
-    rank = torch.zeros_like(labels)  # how many images of its class come before an image
-    for c in range(classes):
-        rows = (labels == c).nonzero()[:, 0]
-        rank[rows] = torch.arange(len(rows))
-    kept = task.choose((rank < sizes[labels]).nonzero()[:, 0])
-    return Task(f'{source}, long tail', kept.images, kept.labels, kept.classes, kept.templates)
 
 
 def main():
