@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 from . import __version__
-from .config import EvalConfig, EvaluateConfig, MethodConfig, Recipe, as_dict, recorded
+from .config import EvalConfig, EvaluateConfig, Recipe, as_dict, recorded
 from .core import cached_json, check_same, file_digests, open_run, parallel_map, pick_device
 from .data import Task, task_of, tasks_of
 from .diagnostics import Trained, calibration_rows, cost_rows, embedding_rows
@@ -20,7 +20,7 @@ from .evaluation import evaluate_threats
 from .model import fingerprint, interpolate
 from .report import best, hypervolume, machine
 from .results import MEAN, Record, Results, Run, attack_and_radius, paired, summarise, table
-from .search import Trial, run_dir, search_all, search_method, training_seconds, with_settings
+from .search import run_dir, search_all, search_method, training_seconds, trial_of, with_settings
 from .threats import Threat, load_plugins, threats_of
 from .train import finetune
 from .weights import load_model, read_notes, save_model
@@ -164,9 +164,9 @@ def _ablation_models(
         jobs.append((recipe, start, out, device, ('lr',), ablation.trials))
     found = parallel_map(search_method, jobs, device, 'searching rates of the ablation')
     for (_, start, *_), trials in zip(jobs, found, strict=True):
-        best = next(replace(start, lr=trial.lr) for trial in trials if trial.chosen)
-        name = f'γ {best.gamma:g}, 1/τ {best.logit_scale:.0f}'
-        models.append(Trained(name, recipe.seed, str(run_dir(out, best, recipe.seed)/'model.safetensors')))
+        chosen = next(replace(start, lr=trial.lr) for trial in trials if trial.chosen)
+        name = f'γ {chosen.gamma:g}, 1/τ {chosen.logit_scale:.0f}'
+        models.append(Trained(name, recipe.seed, str(run_dir(out, chosen, recipe.seed)/'model.safetensors')))
     return models
 
 def _interpolated_models(
@@ -226,7 +226,7 @@ class _Bench:
     def __init__(self, recipe:Recipe, out:Path, device:str):
         self.recipe, self.out, self.device, self.source = recipe, out, device, recipe.data.source
         self._tasks:dict[int|None, list[Task]] = {}
-        self.left_out:list[str] = []  # tasks that no mean contains; known after the first section
+        self.left_out:list[str] = []  # tasks that no mean contains; known after the main section
 
     def tasks(self, n:int|None)->list[Task]:
         "The test tasks with `n` images each, read once."
@@ -234,19 +234,24 @@ class _Bench:
             self._tasks[n] = test_tasks(self.recipe, n)
         return self._tasks[n]
 
+    def evaluate(
+        self,
+        name:str,               # of the section
+        models:Sequence[Trained],
+        eval:EvalConfig,        # attacks and number of images
+    )->Runs:
+        "Evaluate models on the test tasks."
+        return evaluate_all(self.recipe, models, self.tasks(eval.images), eval, self.out/name, self.device)
+
     def section(
         self,
         name:str,               # of the section
         models:Sequence[Trained],
         eval:EvalConfig,        # attacks and number of images
-        only:str='brief',       # as `summarise`
-    )->tuple[Runs, list[Record]]:
+    )->list[Record]:            # of the source task and the zero-shot mean
         "Evaluate models and summarise."
-        tasks = self.tasks(eval.images)
-        runs = evaluate_all(self.recipe, models, tasks, eval, self.out/name, self.device)
-        if name == 'main':
-            self.left_out = too_hard(next(iter(runs.values()))['CLIP'][0], self.source)
-        return runs, records_of(runs, eval, self.source, name, only, self.recipe.seed, self.left_out)
+        runs, seed = self.evaluate(name, models, eval), self.recipe.seed
+        return records_of(runs, eval, self.source, name, 'brief', seed, self.left_out)
 
 def describe(
     threats:Sequence[Threat],
@@ -265,9 +270,9 @@ def _variants(
     one, records = replace(recipe.eval, eps=recipe.eval.eps[:1]), []
     if 'AGFT' in recipe.methods:
         ablation = _ablation_models(recipe, parts.out, parts.device)
-        records = parts.section('ablation', ablation, replace(one, images=protocol.ablation.images))[1]
+        records = parts.section('ablation', ablation, replace(one, images=protocol.ablation.images))
     between = _interpolated_models(recipe, parts.out, first[1:])
-    weights = parts.section('weights', between, replace(one, images=protocol.weights.images))[1]
+    weights = parts.section('weights', between, replace(one, images=protocol.weights.images))
     points, areas = _curves(recipe, weights)
     return records, dict(weights=points, hypervolume=areas)
 
@@ -277,11 +282,15 @@ def _sections(
     "Every section of the benchmark, from trained models."
     recipe, protocol, out = parts.recipe, parts.recipe.protocol, parts.out
     first = [model for model in models if model.seed == recipe.seed]
-    runs, records = parts.section('main', models, replace(recipe.eval, images=protocol.images), 'all')
-    main = len(records)
+    main, source = replace(recipe.eval, images=protocol.images), parts.source
+    runs = parts.evaluate('main', models, main)
+    parts.left_out = too_hard(next(iter(runs.values()))['CLIP'][0], source)
+    records = records_of(runs, main, source, 'main', 'all', recipe.seed, parts.left_out)
+    paired_rows = comparisons(runs, records, source, parts.left_out)
     for name, eval in (('sweep', protocol.sweep), ('strong', protocol.strong), ('unseen', protocol.unseen)):
-        records += parts.section(name, first, eval)[1]
+        records += parts.section(name, first, eval)
     more, tables = _variants(parts, first)
+    tables['paired'] = paired_rows
     eps, device = recipe.eval.eps[0], parts.device
     tasks = [task for task in parts.tasks(protocol.calibration.images) if task.name not in parts.left_out]
     shown = [model for model in first if model.method in ('CLIP', 'TeCoA', 'AGFT')]
@@ -293,7 +302,6 @@ def _sections(
         out/'tsne.json', lambda: embedding_rows(recipe, shown, drawn, eps, device), inputs)
     tables['cost'] = cached_json(
         out/'cost.json', lambda: cost_rows(recipe, device), dict(config=recorded(recipe)))
-    tables['paired'] = comparisons(runs, records[:main], parts.source, parts.left_out)
     return Results.from_records(records + more, tables={name: table(rows) for name, rows in tables.items()})
 
 def bench(
@@ -328,10 +336,6 @@ def bench(
         results.save(parts.out/'results.json')
     return results
 
-def _not_searched(method:MethodConfig)->Trial:
-    settings = method.lr or 0., method.gamma, method.logit_scale
-    return Trial(method.name, *settings, None, None, None, None, None, True, '')
-
 def _run_bench(
     parts:_Bench, search:bool,
 )->Results:                   # without what stands beside the numbers
@@ -341,6 +345,7 @@ def _run_bench(
     recipe = parts.recipe = with_settings(parts.recipe, trials)
     def folder(method:str, seed:int)->Path: return run_dir(out, recipe.method(method), seed)
     results = _sections(parts, train_all(recipe, methods, recipe.protocol.seeds, folder, parts.device))
-    results.tables['trials'] = table(trials or [_not_searched(recipe.method(method)) for method in methods])
+    given = [trial_of(recipe.method(method), chosen=True) for method in methods]
+    results.tables['trials'] = table(trials or given)
     results.config = as_dict(recipe)
     return results

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from .core import asset
-from .results import MEAN, Results, latex, percent
+from .results import MEAN, Results, latex, percent, task_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,9 +250,7 @@ def method_table(
 
 def _task_name(row:Any)->str:
     "A task with its role where no mean contains it or where the model was fine-tuned on it."
-    if row.role == 'left out':
-        return f'{row.task} (not in the means)'
-    return f'{row.task} (source)' if row.role == 'source' != row.task else row.task
+    return f'{row.task} (source)' if row.role == 'source' != row.task else task_name(row.task, row.role)
 
 def task_table(
     results:Results,  # of one section and one threat

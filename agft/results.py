@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'Run', 'MEAN', 'MEAN_OF_ALL', 'SCHEMA', 'COLUMNS', 'bootstrap_ci', 'Difference', 'paired', 'Record',
-           'summarise', 'attack_and_radius', 'Results', 'table', 'percent', 'by_method', 'by_task', 'by_attack',
-           'markdown', 'latex']
+           'summarise', 'attack_and_radius', 'Results', 'table', 'percent', 'by_method', 'task_name', 'by_task',
+           'by_attack', 'markdown', 'latex']
 
 # %% ../nbs/15_results.ipynb #a1c09a90
 RESAMPLES = 2000  # draws of the bootstrap
@@ -348,6 +348,13 @@ def by_method(
     parts.append(_cells(frame[frame.task == MEAN], MEAN, True))
     return pd.concat(parts, axis=1)
 
+def task_name(
+    task:str,
+    role:str, # of its record
+)->str:
+    "A task as tables name it; one that no mean contains says so."
+    return f'{task} (not in the means)' if role == 'left out' else task
+
 def by_task(
     results:Results, # of one section
 )->pd.DataFrame:     # texts in percent
@@ -362,8 +369,7 @@ def by_task(
         under = f'{name} ' if len(threats) > 1 else ''
         columns[f'{who}clean'] = _percents(rows, 'clean')
         columns[f'{who}{under}robust'] = _percents(rows, 'robust')
-    names = [f'{task} (not in the means)' if role == 'left out' else task
-             for task, role in zip(first.task, first.role, strict=True)]
+    names = [*map(task_name, first.task, first.role)]
     return pd.DataFrame(columns, index=pd.Index(names, name='task'))
 
 def by_attack(

@@ -26,7 +26,8 @@ from .train import finetune
 from .weights import load_model
 
 # %% auto #0
-__all__ = ['search_grid', 'Trial', 'run_dir', 'held_out_task', 'search_method', 'search_all', 'with_settings', 'training_seconds']
+__all__ = ['search_grid', 'Trial', 'trial_of', 'run_dir', 'held_out_task', 'search_method', 'search_all', 'with_settings',
+           'training_seconds']
 
 # %% ../nbs/19_search.ipynb #388abb0e
 _GRID = 1, 2, 5 # times powers of ten
@@ -69,15 +70,22 @@ class Trial:
     "Settings that were tried."
     method:str
     lr:float
-    gamma:float|None       # None: the method has none
-    logit_scale:float|None # None: the pre-trained model's own
-    clean:float|None       # accuracy on the validation images, in [0,1]; None: not searched
-    robust:float|None
-    kept:float|None        # share of the frozen model's predictions over held-out sentences, in [0,1]
-    kept_robust:float|None # the same under attack
-    score:float|None       # mean of the four, or of those that are known
-    chosen:bool            # the best of the method
-    diverged:str           # the message of a run that diverged, else empty
+    gamma:float|None=None       # None: the method has none
+    logit_scale:float|None=None # None: the pre-trained model's own
+    clean:float|None=None       # accuracy on the validation images, in [0,1]; None: not searched
+    robust:float|None=None
+    kept:float|None=None        # share of the frozen model's predictions over held-out sentences, in [0,1]
+    kept_robust:float|None=None # the same under attack
+    score:float|None=None       # mean of the four, or of those that are known
+    chosen:bool=False           # the best of the method
+    diverged:str=''             # the message of a run that diverged, else empty
+
+def trial_of(
+    method:MethodConfig, # the settings
+    **found,             # fields of a `Trial`
+)->Trial:
+    "The trial of a method's settings."
+    return Trial(method.name, method.lr or 0., method.gamma, method.logit_scale, **found)
 
 def run_dir(
     out:Path, method:MethodConfig, seed:int, # directory of all runs; of which run
@@ -102,7 +110,7 @@ def held_out_task(
     for task in tasks_of(recipe.data, recipe.data.zero_shot, 1):
         known += [f'a photo of a {name}.' for name in task.classes]
     used = {*map(str.lower, known)}
-    found = dict.fromkeys(bank_sentences(recipe.search.sentences, seed=1))
+    found = bank_sentences(recipe.search.sentences, seed=1)
     sentences = tuple(sentence for sentence in found if sentence.lower() not in used)[:1000]
     head = original.head(sentences, ('{}',))
     with torch.no_grad():
@@ -127,36 +135,33 @@ class _Search:
     device:str
     searched:Sequence[str] # the settings that are searched
 
-    def grid(self)->dict[str, list[float]]: # setting -> values
+    def grid(self,
+        own:float,         # logit scale of the pre-trained model
+    )->dict[str, list[float]]: # setting -> values
         "The values of the settings that are searched; those of the start are among them."
         search = self.recipe.search
-        own = load_model(self.recipe.model.name).logit_scale
         values = dict(lr=_rates(search.low, search.high), gamma=[*search.gamma],
                       logit_scale=[round(times*own, 1) for times in search.scale])
         return {name: sorted({*values[name], getattr(self.start, name)}) for name in self.searched}
-
-    def method(self, point:_Point)->MethodConfig:
-        "The method at a place of the grid."
-        grid = self.grid()
-        chosen = {name: grid[name][i] for name, i in zip(grid, point, strict=True)}
-        return replace(self.start, **chosen)
 
     def trial(self, method:MethodConfig, val:Task, held_out:Task|None)->Trial:
         "Train with some settings, and evaluate on the validation images."
         recipe = replace(self.recipe, methods={**self.recipe.methods, method.name: method})
         folder = run_dir(self.out, method, recipe.seed)
-        settings = method.lr or 0., method.gamma, method.logit_scale
+        lr = method.lr or 0.
         try:
             student = finetune(recipe.finetune(method.name), folder, self.device).to(pick_device(self.device))
             flags = self.out/'val'/folder.name
-            shares = *_accuracy(student, val, flags, recipe), *_accuracy(student, held_out, flags, recipe)
+            clean, robust = _accuracy(student, val, flags, recipe)
+            kept, kept_robust = _accuracy(student, held_out, flags, recipe)
         except NotFinite as e:
-            return Trial(method.name, *settings, 0., 0., None, None, -settings[0], False, str(e))
-        known = [share for share in shares if share is not None]
-        near_chance = shares[0] is not None and shares[0] <= 2/len(val.classes)
-        score = -settings[0] if near_chance else sum(known)/len(known)
+            return trial_of(method, clean=0., robust=0., score=-lr, diverged=str(e))
+        shares = dict(clean=clean, robust=robust, kept=kept, kept_robust=kept_robust)
+        known = [share for share in shares.values() if share is not None]
+        near_chance = clean is not None and clean <= 2/len(val.classes)
+        score = -lr if near_chance else sum(known)/len(known)
         print(f'{folder.name}: score {100*score:.1f}', flush=True)
-        return Trial(method.name, *settings, *shares, score, False, '')
+        return trial_of(method, **shares, score=score)
 
     def run(self,
         trials:int,        # settings that are tried
@@ -165,11 +170,11 @@ class _Search:
         recipe, found = self.recipe, {}
         val = task_of(recipe.data, recipe.data.source, recipe.search.images, 'val')
         original = load_model(recipe.model.name, resize=recipe.model.resize).to(pick_device(self.device))
-        held_out = held_out_task(original, recipe, val)
+        held_out, grid = held_out_task(original, recipe, val), self.grid(original.logit_scale)
         def score(point:_Point)->float:
-            found[point] = self.trial(self.method(point), val, held_out)
+            chosen = {name: grid[name][i] for name, i in zip(grid, point, strict=True)}
+            found[point] = self.trial(replace(self.start, **chosen), val, held_out)
             return found[point].score
-        grid = self.grid()
         first = tuple(values.index(getattr(self.start, name)) for name, values in grid.items())
         tried = search_grid(score, first, tuple(map(len, grid.values())), trials)
         best = max(tried, key=lambda point: tried[point])
