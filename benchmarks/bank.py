@@ -1,6 +1,6 @@
 """The same images, other sentences: narrow prompts against a bank, and banks of several sizes.
 
-    python benchmarks/bank.py [--preset tiny] [--bench runs/bench] [--out results/bank_tiny.json]
+    python benchmarks/bank.py [--preset tiny] [--out results/bank_tiny.json]
 
 The images are those of `source-narrow`, whose prompts name colour and shape. Every method that reads
 prompts and no labels is trained with these prompts and with a bank of 1,000 captions, for 1, 4 and 8 times
@@ -11,7 +11,7 @@ goes on.
 import time
 from dataclasses import replace
 
-from study import arguments, compare, runs_of, save
+from study import add_sizes, arguments, compare, runs_of, save
 
 from agft.config import load_preset
 
@@ -21,7 +21,9 @@ METHODS = 'FARE', 'Soft', 'AGFT', 'TRADES-AGFT'
 
 
 def main():
-    a, began = arguments(__doc__, 'results/bank_tiny.json').parse_args(), time.time()
+    p = arguments(__doc__, 'results/bank_tiny.json')
+    add_sizes(p)
+    a, began = p.parse_args(), time.time()
     recipe = load_preset(a.preset)
     narrow = replace(recipe, data=replace(recipe.data, source='source-narrow'))
     variants = []
@@ -36,7 +38,7 @@ def main():
         changes = {'train.steps': 400, 'data.bank': 'world', 'data.bank_size': size}
         variants += runs_of(narrow, 'AGFT', 1, None, f'AGFT, {size} sentences', **changes)
     records = compare(narrow, variants, a.runs, a.images)
-    save(a, narrow, records, began, f'python benchmarks/bank.py --seeds {a.seeds} --images {a.images}')
+    save(a, narrow, records, began, a.seeds, a.images)
 
 
 if __name__ == '__main__':

@@ -55,8 +55,7 @@ def main():
     keep = 'method', 'step', 'loss', 'robust', *(f'validation_{k}' for k in (
         'clean', 'robust', 'margins', 'zero_shot_clean', 'zero_shot_robust'))
     rows = [{key: line.get(key) for key in keep} for line in lines]
-    a.seeds, a.images = 1, TASK_IMAGES
-    save(a, recipe, [], began, f'python benchmarks/dynamics.py --every {a.every}', dynamics=rows)
+    save(a, recipe, [], began, 1, TASK_IMAGES, dynamics=rows)
 
 
 if __name__ == '__main__':

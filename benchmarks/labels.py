@@ -10,9 +10,10 @@ on.
 """
 import time
 from functools import partial
+from pathlib import Path
 
 from label_faults import long_tail, wrong_labels
-from study import Variant, arguments, compare, runs_of, save
+from study import Variant, add_sizes, arguments, compare, runs_of, save
 
 from agft.config import load_preset
 
@@ -20,7 +21,10 @@ READ_LABELS, NO_LABELS = ('TeCoA', 'PMG-AFT'), ('AGFT', 'Soft', 'FARE')
 
 
 def main():
-    a, began = arguments(__doc__, 'results/labels_tiny.json').parse_args(), time.time()
+    p = arguments(__doc__, 'results/labels_tiny.json')
+    add_sizes(p)
+    p.add_argument('--bench', type=Path, help='directory of `agft bench`, whose runs are used again')
+    a, began = p.parse_args(), time.time()
     recipe = load_preset(a.preset)
     source, n = recipe.data.source, recipe.train.images or 8000
     makers = {'20 % wrong': partial(wrong_labels, source, n, .2),
@@ -36,7 +40,7 @@ def main():
                 runs = runs_of(recipe, method, a.seeds, None, name, **whole)
                 variants += [Variant(run.name, run.config, None, make) for run in runs]
     records = compare(recipe, variants, a.runs, a.images)
-    save(a, recipe, records, began, f'python benchmarks/labels.py --seeds {a.seeds} --images {a.images}')
+    save(a, recipe, records, began, a.seeds, a.images)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,7 @@
 """What the studies of this folder share: train variants of a recipe, and evaluate them on its test tasks."""
 import argparse
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,22 +59,25 @@ def arguments(doc:str|None, out:str):
     "The command line of a study."
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--preset', default='tiny')
-    p.add_argument('--bench', type=Path, help='directory of `agft bench`, whose runs are used again')
     p.add_argument('--runs', type=Path, default=Path('runs')/Path(out).stem, help='directory of the runs')
-    p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--images', type=int, default=50, help='test images a task')
     p.add_argument('--out', default=out)
     return p
 
 
-def save(a, recipe:Recipe, records, began:float, command:str, **tables):
+def add_sizes(p:argparse.ArgumentParser):
+    "The options of a study that trains several seeds and evaluates them."
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--images', type=int, default=50, help='test images a task')
+
+
+def save(a, recipe:Recipe, records, began:float, seeds:int, images:int, **tables):
     "Write the results with what must stand beside them."
-    tasks = test_tasks(recipe, a.images)
+    tasks = test_tasks(recipe, images)
     about = dict(
-        command=command,
+        command=shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]]),
         version=__version__,
         machine=machine('cpu'),
-        seeds=a.seeds,
+        seeds=seeds,
         threats=describe(threats_of(recipe.eval)[:1], tasks),
         training_seconds=training_seconds(a.runs),
         seconds=round(time.time() - began, 1))

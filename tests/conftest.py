@@ -32,6 +32,16 @@ def registries_as_they_were():
 
 
 @pytest.fixture
+def one_thread():
+    "One thread: on small networks several threads mostly wait for each other, and they add in another order."
+    import torch
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def small_preset(tmp_path):
     "Writes the tiny preset, cut down to seconds, to a file; returns the file's path."
     def write(name='small', methods=('TeCoA', 'AGFT'), tasks=2, **changes):

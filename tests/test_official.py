@@ -27,15 +27,6 @@ from agft.data import archives_dir, read_archive
 LOSSES = {'ce': cross_entropy, 'dlr': dlr, 'dlr-targeted': targeted_dlr}
 
 
-@pytest.fixture
-def one_thread():
-    "One thread: on networks this small, several threads mostly wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def robust_images(net, x, y, name, norm, eps, steps):
     "Which images are correct under the official Auto-PGD, and which under ours."
     start = random_start(x, eps, NORMS[norm], seeded(0, 'start'))

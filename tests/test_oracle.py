@@ -6,13 +6,7 @@ from oracle import ABOUT, METHODS, ORACLE, case, compare, encoder
 
 from agft.methods import attention_map
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    "The order of sums depends on the number of threads."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')  # the order of sums depends on the number of threads
 
 
 @pytest.mark.parametrize('name', ABOUT['preprocessing'])
