@@ -454,13 +454,14 @@ def keep_freed_memory():
         mallopt(trim_threshold, 2**30)
         mallopt(mmap_max, 0)
 
-def _run_job(f:Callable, number:int, job:tuple, parent:int|None)->tuple[int, Any]:
-    "What a worker process does: call `f`, and say which job it was."
+def _run_job(f:Callable, number:int, job:tuple, parent:int|None, folder:str)->tuple[int, Any]:
+    "What a worker process does: call `f` in the caller's directory, and say which job it was."
     if 'AGFT_WORKER' not in os.environ:
         os.environ['AGFT_WORKER'] = '1'
         if parent is not None:
             end_with(parent)
         keep_freed_memory()
+    os.chdir(folder)  # a worker of an earlier call may be in another one
     return number, f(*job)
 
 _scheduler:ContextVar[str] = ContextVar('scheduler', default='') # of a Dask cluster; empty: this machine
@@ -514,10 +515,10 @@ def parallel_map(
     pool, found = _parallel(len(jobs), device, workers), [None]*len(jobs)
     if pool is None:
         return [f(*job) for job in progress(jobs, desc)]
-    parent = None if _scheduler.get() else os.getpid()
+    parent, folder = None if _scheduler.get() else os.getpid(), os.getcwd()
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'A worker stopped while')  # its memory has grown
-        running = pool(delayed(_run_job)(f, number, job, parent) for number, job in enumerate(jobs))
+        running = pool(delayed(_run_job)(f, number, job, parent, folder) for number, job in enumerate(jobs))
         for number, value in progress(running, desc, len(jobs)):
             found[number] = value
     return found

@@ -76,6 +76,15 @@ def test_jobs_in_parallel_keep_their_order(monkeypatch):
         assert parallel_map(pow, jobs, 'cpu') == [1, 2, 4, 8, 16, 32]
 
 
+def test_workers_are_in_the_directory_of_the_call(tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.get_num_threads', lambda: 2)
+    for name in ('first', 'second'):
+        (tmp_path/name).mkdir()
+        monkeypatch.chdir(tmp_path/name)
+        found = parallel_map(os.path.abspath, [('a',), ('b',)], 'cpu')
+        assert found == [str(tmp_path/name/'a'), str(tmp_path/name/'b')]
+
+
 # -- files
 
 @pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
