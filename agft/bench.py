@@ -41,7 +41,7 @@ def test_tasks(
 def _train(
     recipe:Recipe, method:str, seed:int, folder:Path, device:str,
 )->str:                # the checkpoint
-    "One run, trained or found trained."
+    "Train one run; a finished run is read."
     finetune(recipe.finetune(method, seed), folder, device)
     return str(folder/'model.safetensors')
 
@@ -52,7 +52,7 @@ def train_all(
     folder:Callable,   # method, seed -> directory of the run
     device:str,
 )->list[Trained]:      # the original first, as method CLIP
-    "Every method and seed, trained or found trained."
+    "Train every method and seed; finished runs are read."
     runs = [*product(methods, range(recipe.seed, recipe.seed + seeds))]
     jobs = [(recipe, method, seed, folder(method, seed), device) for method, seed in runs]
     sources = parallel_map(_train, jobs, device, 'training')
@@ -67,7 +67,7 @@ def evaluate_source(
     eval:EvalConfig,   # attacks
     device:str,
 )->dict[str, Run]:     # label of the threat -> task -> flags
-    "Evaluate one model; a process of its own can do it."
+    "Evaluate one model; it can run in a process of its own."
     load_plugins(recipe.plugins)
     model = load_model(source, resize=recipe.model.resize).to(pick_device(device))
     return evaluate_threats(model, tasks, folder, threats_of(eval), recipe.seed, eval.batch_size)
@@ -126,7 +126,7 @@ def differences(
     method:str='AGFT',
     left_out:Collection[str]=(), # more tasks that are left out
 )->list[dict]:         # rows: threat, method, other, kind, difference, low, high, p
-    "One method minus each other, mean over the zero-shot tasks."
+    "The accuracy of one method minus that of each other, mean over the zero-shot tasks."
     rows = []
     for label, methods in runs.items():
         if method not in methods:
@@ -145,7 +145,7 @@ def comparisons(
     source:str,        # task of the fine-tuning
     left_out:Collection[str]=(), # more tasks that are left out
 )->list[dict]:         # rows of `differences`
-    "AGFT, and the methods with the highest robust and clean accuracy, minus each other method."
+    "Compare AGFT, and the methods with the highest robust and clean accuracy, with each other method."
     results = Results.from_records(records)
     if MEAN not in set(results.accuracy.task):
         return []
@@ -156,7 +156,7 @@ def comparisons(
 def _ablation_models(
     recipe:Recipe, out:Path, device:str,
 )->list[Trained]:
-    "AGFT over γ and the student's logit scale, each pair at its own learning rate (the paper's Table 8)."
+    "AGFT at several γ and logit scales, each pair at its own learning rate (the paper's Table 8)."
     own, ablation = load_model(recipe.model.name).logit_scale, recipe.protocol.ablation
     jobs, models = [], []
     for gamma, times in product(ablation.gamma, ablation.scale):
@@ -172,7 +172,7 @@ def _ablation_models(
 def _interpolated_models(
     recipe:Recipe, out:Path, models:Sequence[Trained], # one of each method
 )->list[Trained]:           # named 'METHOD share'; the ends are included
-    "Every method at every share of its weights."
+    "The interpolated models of every method, at every share of the tuned weights."
     original = load_model(recipe.model.name)
     between = [Trained('CLIP', recipe.seed, recipe.model.name)]
     for model in models:
@@ -207,7 +207,7 @@ def _curves(
 def quick(
     recipe:Recipe,
 )->Recipe:
-    "The protocol in minutes: every part of it, nothing to conclude from."
+    "A cut-down protocol that runs every part in minutes; its numbers have no meaning."
     bench, few = recipe.protocol, dict(images=8)
     strong = replace(bench.strong, attacks=bench.strong.attacks[:2], **few)
     unseen = replace(bench.unseen, attacks=bench.unseen.attacks[:2], **few)
@@ -257,7 +257,7 @@ def describe(
     threats:Sequence[Threat],
     tasks:Sequence[Task],
 )->str:
-    "All that must stand beside a number."
+    "What must stand beside a number: the threats, and the notes of the tasks."
     resolutions = [task.resolution for task in tasks]
     left_out = [f'{task.name}: {task.note}' for task in tasks if task.note]
     return '; '.join([*(threat.describe(resolutions) for threat in threats), *left_out])
@@ -265,7 +265,7 @@ def describe(
 def _variants(
     parts:_Bench, first:Sequence[Trained], # one model of each method
 )->tuple[list[Record], dict[str, list[dict]]]: # records of the ablation; tables weights and hypervolume
-    "The ablation, and the weights between the original and the tuned models, at the first radius."
+    "The ablation and the interpolated models, at the first radius."
     recipe, protocol = parts.recipe, parts.recipe.protocol
     one, records = replace(recipe.eval, eps=recipe.eval.eps[:1]), []
     if 'AGFT' in recipe.methods:
@@ -311,7 +311,7 @@ def bench(
     command:str='',           # the command line, for the results
     search:bool=True,         # search learning rates; otherwise the recipe's are used
 )->Results:                   # also written to results.json in `out`
-    "Run every method of a recipe's protocol, every table."
+    "Run the benchmark of a recipe: every method and every table."
     began, protocol = time.time(), recipe.protocol
     load_plugins(recipe.plugins)
     for eval in (recipe.eval, protocol.sweep, protocol.strong, protocol.unseen):
@@ -338,7 +338,7 @@ def bench(
 
 def _run_bench(
     parts:_Bench, search:bool,
-)->Results:                   # without what stands beside the numbers
+)->Results:                   # without `about`, which `bench` adds
     "Search, train, evaluate."
     out, methods = parts.out, [*parts.recipe.methods]
     trials = search_all(parts.recipe, methods, out, parts.device) if search else []

@@ -32,7 +32,7 @@ __all__ = ['ablation_table', 'calibration_table', 'cost_table', 'rates_table', '
 def ablation_table(
     results:Results,   # of a benchmark
 )->pd.DataFrame:
-    "AGFT over γ and 1/τ."
+    "The accuracy of AGFT at each γ and 1/τ."
     return by_method(results.select(section='ablation')).rename_axis('AGFT with')
 
 def calibration_table(
@@ -68,7 +68,7 @@ def _accuracy_tables(
     results:Results, # of a benchmark
     main:Results,    # its main section under one threat
 )->list[Table]:
-    "Accuracies under one threat, and the differences of methods."
+    "Accuracies under one threat, and the differences between methods."
     threat = main.threats()[0]
     return [method_table(main, f'Accuracy, {threat}, percent'),
             *difference_tables(results, threat),

@@ -66,15 +66,15 @@ class _Demo(_Preset):
 
 @dataclass(frozen=True)
 class _Train(_Preset):
-    "One adversarial fine-tuning run; the same command continues an interrupted one."
+    "Run one adversarial fine-tuning; the same command continues an interrupted run."
     config:Annotated[FinetuneConfig, _Unnamed] = field(default_factory=FinetuneConfig)
     out:str = 'agft_train'     # output directory
-    dry_run:bool = False       # print what the run would take, from a few timed steps, and write nothing
+    dry_run:bool = False       # time a few steps, print what the run would take, and write nothing
     device:str = 'auto'        # auto, cpu or cuda
 
 @dataclass(frozen=True)
 class _Eval(_Preset):
-    "Zero-shot accuracy of one model, clean and under attack."
+    "Measure the zero-shot accuracy of one model, clean and under attack."
     config:Annotated[EvaluateConfig, _Unnamed] = field(default_factory=EvaluateConfig)
     out:str = 'agft_eval'      # output directory
     workers:int = 1            # tasks that are evaluated at the same time, on a CPU
@@ -82,7 +82,7 @@ class _Eval(_Preset):
 
 @dataclass(frozen=True)
 class _Audit(_Preset):
-    "Can the robust accuracy of one model be believed?"
+    "Check whether the robust accuracy of one model can be believed."
     config:Annotated[AuditConfig, _Unnamed] = field(default_factory=AuditConfig)
     out:str = 'agft_audit'     # output directory
     device:str = 'auto'        # auto, cpu or cuda
@@ -96,7 +96,7 @@ class _Tune(_Preset):
 
 @dataclass(frozen=True)
 class _Bench(_Preset):
-    "Every method under one protocol: tables, intervals, figures."
+    "Train and evaluate every method under one protocol: tables, intervals, figures."
     config:Annotated[Recipe, _Unnamed] = field(default_factory=Recipe)
     out:str = 'agft_bench'     # output directory
     quick:bool = False         # a cut-down protocol that runs every part in minutes
@@ -107,24 +107,24 @@ _Library = Literal['open_clip', 'transformers', 'transformers-vision'] # keys of
 
 @dataclass(frozen=True)
 class _Export:
-    "Weights, configuration, tokenizer and model card in one folder that open_clip or transformers loads."
+    "Write a folder that open_clip or transformers loads: weights, configuration, tokenizer, model card."
     checkpoint:Positional[str] # a .safetensors checkpoint
     repo:Positional[str]       # OWNER/NAME on the hub
     licence:str                # as the hub spells it, e.g. mit
     out:str                    # output directory
     results:str|None = None    # results.json of agft eval: the numbers of the card
     base_model:str|None = None # the hub's name of the model that was fine-tuned
-    push:bool = False          # upload it, too
-    format:_Library = 'open_clip' # who loads the folder; transformers-vision: its image encoder alone
+    push:bool = False          # upload the folder, too
+    format:_Library = 'open_clip' # library that loads the folder; transformers-vision: image encoder alone
 
 @dataclass(frozen=True)
 class _Data:
-    "Public data sets: list the registry; check, download or pack what is in a data folder."
-    what:Positional[Literal['list', 'check', 'get', 'pack']] # the registry; check, download, decode once
+    "List public data sets; check, download or pack what is in a data folder."
+    what:Positional[Literal['list', 'check', 'get', 'pack']] # get downloads; pack decodes images once
     folder:Positional[str|None] = None # data folder; list needs none
     sets:Names = ()            # names of data sets, or paper15; none: all
-    split:Literal['train', 'test']|None = None # None: both; for pack: test
-    quick:bool = False         # check: count, and do not decode every image
+    split:Literal['train', 'test']|None = None # None: both; with pack: test
+    quick:bool = False         # with check: count the images and do not decode them
 
 @dataclass(frozen=True)
 class _Pretrain(_Preset):
@@ -351,19 +351,19 @@ def _check_launch(command:str):
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 (until the process ends)
 
 def _is_memory(error:Exception)->bool:
-    "Whether memory of the machine or of a GPU has run out; torch says it in its own words."
+    "Whether memory of the machine or of a GPU has run out; torch has messages of its own for it."
     said = "can't allocate memory" in str(error) or type(error).__name__ == 'OutOfMemoryError'
     return isinstance(error, MemoryError) or said
 
 _LOST = 'another process of this run ended; what it printed says why; the same command continues'
 
 def _is_lost(error:Exception)->bool:
-    "Whether another process of the run has ended; torch.distributed says it in its own words."
+    "Whether another process of the run has ended; torch.distributed raises a RuntimeError."
     said = any(word in str(error) for word in ('gloo', 'NCCL', 'ProcessGroup', 'Connection closed by peer'))
     return launched()[1] > 1 and isinstance(error, RuntimeError) and said
 
 def _in_words(error:Exception)->str:
-    "What the user is told of an error."
+    "The error message for the user."
     if _is_lost(error):
         return _LOST
     memory = 'not enough memory: use fewer or smaller images, or a smaller batch; '
@@ -371,7 +371,7 @@ def _in_words(error:Exception)->str:
 
 @contextlib.contextmanager
 def _plain_warnings()->Iterator[None]:
-    "Within the block, a warning is one line without a place in the code."
+    "Within the block, a warning is one line without file name and line number."
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *place, **more: f'warning: {one_line(message)}\n'
     try:
@@ -381,7 +381,7 @@ def _plain_warnings()->Iterator[None]:
 
 @contextlib.contextmanager
 def _terminable()->Iterator[None]:
-    "Within the block, SIGTERM ends the process as an exception does: workers end, locks are given back."
+    "Within the block, SIGTERM raises an exception, so that workers end and locks are released."
     def end(number:int, frame:object): raise ended_by(number)
     main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, end) if main_thread else None
@@ -413,7 +413,7 @@ def main(
         with _terminable(), _plain_warnings():
             _run(words[0], options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has enough
+    except BrokenPipeError:  # the reader has closed the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (AgftError, OSError, MemoryError, RuntimeError) as e:

@@ -53,7 +53,7 @@ def _texts(
     texts:Sequence[str],
     what:str, # what they are, for the message
 )->tuple[str, ...]:
-    "Raise `AgftError` for one text in place of a list, and for what has no order."
+    "Raise `AgftError` for one text in place of a list, and for a collection without an order."
     ordered = isinstance(texts, Iterable) and not isinstance(texts, str | bytes | Set | Mapping)
     hint = f', as in [{texts!r}]' if isinstance(texts, str) else ''
     check(ordered, f'{what} are {texts!r}; allowed: a list of texts{hint}')
@@ -222,7 +222,7 @@ class Task:
 
     def subset(self,
         n:int|None, # how many; None is all
-        seed:int=0, # another seed, another choice
+        seed:int=0, # a different seed gives a different choice
     )->Task:
         "A random subset of the images, in random order; the classes stay."
         if n is None:
@@ -628,7 +628,7 @@ def _own(
     return task.subset(n, seed)
 
 def _is_folder(name:str)->bool:
-    "Whether it is a folder; one behind a closed folder is an error."
+    "Whether it is a folder; a path that may not be read is an error."
     with readable(name):
         try:
             return stat.S_ISDIR(os.stat(name).st_mode)

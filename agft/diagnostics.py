@@ -31,7 +31,7 @@ __all__ = ['Trained', 'cosines_and_embeddings', 'calibration_rows', 'embedding_r
 # %% ../nbs/20_diagnostics.ipynb #06ac9074
 class Trained(NamedTuple):
     "A model under comparison."
-    method:str    # or another name for the tables
+    method:str    # its method, or another name for the tables
     seed:int
     source:str    # what `load_model` loads
 
@@ -58,7 +58,7 @@ def cosines_and_embeddings(
 
 # %% ../nbs/20_diagnostics.ipynb #62f53466
 class _EvalTask(NamedTuple):
-    "A task with what the original model gives for it."
+    "A task, its prompt embeddings, and the original model's cosines."
     task:Task
     head:torch.Tensor       # unit rows (C,D)
     original:torch.Tensor   # cosines of the original model on the clean images (N,C)
@@ -87,7 +87,7 @@ def _mean_measures(found:Sequence[Measures])->dict[str, float]:
 def _calibration(
     job:_Job,
 )->dict[str, list[dict]]:   # rows of the tables `calibration`, `reliability`, `margins`
-    "Measures of one model; zero-shot ones are means over tasks."
+    "Measures of one model; those of the zero-shot tasks are means over tasks."
     model = load_model(job.source, resize=job.resize).to(pick_device(job.device))
     val, first = job.val, job.tasks[0]
     fitted = fit_scale(cosines_and_embeddings(model, val.task, val.head, 0)[0], val.task.require_labels())
@@ -157,7 +157,7 @@ def calibration_rows(
 # %% ../nbs/20_diagnostics.ipynb #b46f6d71
 def embedding_rows(
     recipe:Recipe,
-    models:Sequence[Trained], # those that are drawn
+    models:Sequence[Trained], # models that are drawn
     task:Task,
     eps:float,                # radius of the attack, pixel units
     device:str,
@@ -206,7 +206,7 @@ def cost_rows(
         for method, loss_fn in steps.items():
             elapsed, peaks[method] = _timed_step(loss_fn, r, pick_device(device))
             if r:
-                seconds[method].append(elapsed)  # round 0 warms up
+                seconds[method].append(elapsed)  # round 0 is a warm-up
     rows = []
     for method, times in seconds.items():
         ratios = [a/b for a, b in zip(times, seconds['TeCoA'], strict=True)]

@@ -58,7 +58,7 @@ def _own_encoder(
     return encoder if added else ''
 
 def _transformers()->Any:
-    "The library, or one line where it is not installed."
+    "The library transformers; an `AgftError` where it is not installed."
     try:
         import transformers
     except ImportError as e:
@@ -90,7 +90,7 @@ def _others(
     default:Any,              # open_clip's dataclass of such settings
     plain:Collection[str],    # settings that transformers has, too
 )->list[str]:                 # NAME=VALUE
-    "The settings for which transformers' CLIP has no place."
+    "The settings that transformers' CLIP does not have."
     defaults = asdict(default())
     return [f'{key}={value!r}' for key, value in settings.items()
             if key not in plain and value != defaults.get(key)]
@@ -150,7 +150,7 @@ def _text_settings(
                 pad_token_id=tokenizer.pad_token_id)
 
 def _save_transformers(
-    theirs:Any,          # model of transformers; filled
+    theirs:Any,          # model of transformers; gets the weights
     model:ZeroShotCLIP,
     folder:Path,
 ):
@@ -208,7 +208,7 @@ def _write_open_clip(model:ZeroShotCLIP, folder:Path, repo_id:str):
 
 @dataclass(frozen=True)
 class _Format:
-    "A library that loads a folder, and what it is given."
+    "A format: the library that loads the folder, and what the folder holds."
     library:str      # as the hub calls it
     task:str         # as the hub calls it
     weights:str      # name of the file of weights
@@ -279,7 +279,7 @@ def _yaml_head(
     licence:str,          # as the hub spells it
     base_model:str|None,  # the hub's name of what was fine-tuned
 )->str:
-    "What the hub reads."
+    "The YAML head of the card, which the hub reads."
     lines = [f'library_name: {library}', f'pipeline_tag: {task}', f'license: {licence}']
     if base_model:
         lines.append(f'base_model: {base_model}')

@@ -43,7 +43,7 @@ def soft_cross_entropy(
 # %% ../nbs/10_methods.ipynb #7661395d
 class Models(NamedTuple):
     "The models of a training step."
-    student:ZeroShotCLIP   # is tuned
+    student:ZeroShotCLIP   # the model that is tuned
     teacher:ZeroShotCLIP   # the same encoder as it was before, frozen
     head:Tensor            # unit rows (C,D): the prompts of the source task, or the sentences of a bank
 
@@ -54,17 +54,17 @@ class Batch(NamedTuple):
     x:Tensor               # clean pixels (B,3,H,W) in [0,1]
     y:Tensor|None          # labels (B,), rows of the head; None for unlabelled images and for a bank
     teacher_features:Tensor|None=None # what `Method.teacher_features` returned for `x`, (B,…)
-    of_batch:float=1.      # images of the whole batch for each image here
+    of_batch:float=1.      # size of the whole batch divided by the number of images here
     captions:Tensor|None=None # unit rows (B,D), the captions of the images; None: they have none
 
 # %% ../nbs/10_methods.ipynb #4f58fed8
 @dataclass(frozen=True)
 class Method:
-    "What the training loop asks; a method overrides what it answers differently."
+    "The functions that the training loop calls, with defaults; a method overrides those in which it differs."
     logit_scale:float=100. # 1/τ of the student in training, above 0
     reads_labels:ClassVar[bool] = False   # whether it needs labels
     reads_captions:ClassVar[bool] = False # whether it needs a caption of each image
-    model_scale:ClassVar[bool] = True     # settings without a logit scale mean the pre-trained model's own
+    model_scale:ClassVar[bool] = True     # without a logit scale in the settings, use the pre-trained model's
     searched:ClassVar[tuple[str, ...]] = ('lr',) # settings of a `MethodConfig` that a search chooses
     # (outputs (B,K), target) -> value (B,) and its gradient at the outputs (B,K); None: no attack
     attack_loss:ClassVar[Callable|None] = staticmethod(cross_entropy)
@@ -78,7 +78,7 @@ class Method:
         "Raise `AgftError` for an encoder that the method cannot train."
 
     def at(self,
-        done:float,        # share of the run that is done, in [0,1)
+        done:float,        # share of the run that is finished, in [0,1)
     )->'Method':
         "The method at a point of the run; itself where it does not change."
         return self
@@ -87,7 +87,7 @@ class Method:
         teacher:ZeroShotCLIP,
         x:Tensor,          # clean pixels (B,3,H,W) in [0,1]
     )->Tensor|None:        # (B,…), or None
-        "What the method needs of the teacher; without augmentation it is computed once for each image."
+        "What the method needs from the teacher; without augmentation it is computed once for each image."
 
     def target(self,
         models:Models,
@@ -106,7 +106,7 @@ class Method:
     def outputs(self,
         models:Models,
         batch:Batch,
-        x:Tensor,          # pixels (B,3,H,W) in [0,1]: the clean ones, moved by the attack
+        x:Tensor,          # pixels (B,3,H,W) in [0,1]: the clean ones, changed by the attack
     )->Tensor:             # (B,K)
         "The function of the pixels that the attack differentiates."
         return self.logits(models, x)
@@ -131,13 +131,13 @@ def _robust(
     return dict(robust=(logits.argmax(1) == batch.y).double().mean())
 
 # %% ../nbs/10_methods.ipynb #00cd09d9
-METHODS:dict[str, type[Method]] = {} # the methods by name
+METHODS:dict[str, type[Method]] = {} # name -> class
 _M = TypeVar('_M', bound=type[Method])
 
 def register_method(
-    name:str, # what presets and the command line call it
+    name:str, # its name in presets and on the command line
 )->Callable[[_M], _M]:
-    "A class decorator: make a method known by `name`. A class that is no dataclass becomes a frozen one."
+    "A class decorator: register a method under `name`. A class that is not a dataclass is made a frozen one."
     def register(cls:_M)->_M:
         valid = isinstance(cls, type) and issubclass(cls, Method)
         check(valid, f'{cls!r} is no method; allowed: a subclass of Method')
@@ -274,10 +274,10 @@ def _check_weights(alpha:float, beta:float):
 class PMGAFT(TeCoA):
     "Pre-trained model guided adversarial fine-tuning (Wang et al., 2024, Eq. 7), in its official form."
     model_scale = False
-    logit_scale:float=1.  # of all logits, also of those that the attack ascends
+    logit_scale:float=1.  # of all logits, also those in the attack
     alpha:float=1.        # weight of the KL divergence from the teacher, 0 or more
     beta:float=1.         # weight of the KL divergence from the clean prediction, 0 or more
-    reduction:str='sum'   # of both over the batch: sum as in the official code, or mean
+    reduction:str='sum'   # of both KL terms over the batch: sum as in the official code, or mean
 
     def __post_init__(self):
         super().__post_init__()
@@ -432,7 +432,7 @@ class AdvFLYP(Method):
         _check_weights(self.alpha, self.beta)
 
     def target(self, models:Models, batch:Batch)->Tensor: # (B,)
-        "The numbers of the captions: each image has its own."
+        "The index of each image's caption in the batch."
         return torch.arange(len(batch.x), device=batch.x.device)
 
     def outputs(self, models:Models, batch:Batch, x:Tensor)->Tensor: # (B,B)

@@ -95,7 +95,7 @@ def make_bpe(
 def _parts(
     model:ZeroShotCLIP,
 )->tuple[Any, Any]:  # the open_clip model; texts -> token ids (B,L)
-    "What the text stage needs beside the encoder of images."
+    "The parts of a model that the text stage uses."
     return model.model, model.tokenizer
 
 def _trim(
@@ -142,7 +142,7 @@ def _sum_of_vectors(
 def _some_fields(
     g:Generator,
 )->list[str]:               # one or more attributes
-    "A random part of the attributes; only one in at least three of ten draws."
+    "A random subset of the attributes; at least three of ten draws have a single one."
     r = torch.rand(len(FIELDS) + 1, generator=g)
     sure = int(torch.randint(len(FIELDS), (1,), generator=g))
     chosen = (r[:-1] < .5) & (r[-1] >= .3)
@@ -154,7 +154,7 @@ def world_text_loss(
     batch_size:int=256,     # captions a step
     seed:int=0,
 )->Callable:                # `loss_fn` for `fit`
-    "Bring each caption to the sum of the vectors of what it names: 1 - cosine."
+    "1 - cosine between a caption's embedding and the sum of the vectors of what it names."
     device, (clip, tokenizer) = model.device, _parts(model)
     vectors = _attribute_vectors(clip.text_projection.shape[1], seed)
     def loss_fn(step:int):
@@ -188,9 +188,9 @@ def contrastive_loss(
 @dataclass(frozen=True)
 class _Groups:
     "Images grouped by what a caption says of them."
-    images:Tensor   # (M,) numbers of the images that have every attribute
+    images:Tensor   # (M,) indices of the images that have every attribute
     group:Tensor    # (M,) the group of each
-    example:Tensor  # (G,) number of one image of each group
+    example:Tensor  # (G,) index of one image of each group
 
 def _group(
     attributes:Attributes,
@@ -212,7 +212,7 @@ def _group(
 def _kinds_of_captions(
     g:Generator,
 )->list[list[str]]:  # attributes that each kind names
-    "Shape and colour, each attribute alone, and a random part of them."
+    "Shape and colour, each attribute alone, and a random subset of them."
     chosen = torch.rand(len(FIELDS), generator=g) < .5
     part = list(compress(FIELDS, chosen.tolist()))
     kinds = [['glyph', 'colour'], *([field] for field in FIELDS)]
@@ -391,7 +391,7 @@ def photo_text_loss(
     batch_size:int=256,          # texts a step
     seed:int=0,
 )->Callable:                     # `loss_fn` for `fit`
-    "Bring texts to their targets: unexplained share of the variance, and error of the cosines among texts."
+    "Unexplained share of the variance of the targets, and error of the cosines among texts."
     texts, device, (clip, tokenizer) = list(targets), model.device, _parts(model)
     goals, mean = torch.stack(list(targets.values())).to(device), mean.to(device)
     variance, tokens = (goals - mean).square().sum(1).mean(), []
@@ -451,7 +451,7 @@ _PHOTO_CAPTIONS = (
 
 @dataclass(frozen=True)
 class _PhotoTargets:
-    "What the image encoder is compared with."
+    "The text embeddings and the weights that the image loss uses."
     captions:Tensor # (T,C,D) unit rows: each class in each sentence
     bank:Tensor     # (K,D) unit rows: all names
     soft:Tensor     # (C,K) distribution of each class over all names
@@ -462,7 +462,7 @@ class _PhotoTargets:
 def _photo_targets(
     model:ZeroShotCLIP,     # with its final text encoder
     task:Task,              # labelled photographs
-    names:Sequence[str],    # more names for the second term
+    names:Sequence[str],    # names of the second term, beside the classes
     config:PretrainConfig,  # soft_scale, guessed
 )->_PhotoTargets:
     "Encode the captions of all classes and all names."
@@ -482,7 +482,7 @@ def _photo_targets(
 def photo_image_loss(
     model:ZeroShotCLIP,      # its image encoder learns; the text encoder is frozen
     task:Task,               # labelled photographs, 64 px
-    names:Sequence[str],     # more names for the second term
+    names:Sequence[str],     # names of the second term, beside the classes
     config:PretrainConfig,   # steps and batch size of `image`, sizes, logit_scale, soft, soft_scale, guessed
     seed:int=0,
 )->Callable:                 # `loss_fn` for `fit`
@@ -520,7 +520,7 @@ def _train_stage(
     stage:StageConfig,              # optimizer and rate
     desc:str,                       # label of the progress bar
 ):
-    "One stage: switch on what learns, `fit`, switch it off."
+    "One stage: train some of the parameters with `fit`, then freeze all of them."
     for parameter in learns:
         parameter.requires_grad_(True)
     fit(model, loss_fn, out, stage, stage.lr, desc, as_dict(stage))
@@ -547,7 +547,7 @@ def _pretrain_world(
     out:Path,               # folder of the run
     seed:int,
 ):
-    "agft-tiny: captions to sums of attributes, then drawn images to captions."
+    "Both stages of agft-tiny: the text encoder, then the image encoder."
     _set_logit_scale(model, config.logit_scale)
     text_loss = world_text_loss(model, config.text.batch_size, seed)
     _train_stage(model, _text_parameters(model), text_loss, out/'text', config.text, 'text encoder')
@@ -561,7 +561,7 @@ def _pretrain_photo(
     out:Path,               # folder of the run
     seed:int,
 ):
-    "agft-photo: names to CLIP's text features, then photographs to names."
+    "Both stages of agft-photo: the text encoder, then the image encoder."
     pack, features = _clip_features()
     names = pack['names']
     space = NameSpace(names, features, config.rank, config.rho, seed)

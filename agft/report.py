@@ -41,7 +41,7 @@ def machine(
 
 # %% ../nbs/16_report.ipynb #df55477b
 def task_bars(
-    results:Results,    # of one section and one threat; robust accuracy of one method: or of several threats
+    results:Results,    # of one section and one threat; with `robust` and one method, also several threats
     kind:str='robust',  # clean or robust
 )->Figure:
     "Accuracy of every task with its 95 % interval, one colour a method (or a threat); chance is dashed."
@@ -116,7 +116,7 @@ class Table:
     caption:str
     columns:list[str]           # headings; the first column names the row
     rows:list[list[Cell]]
-    foot:list[list[Cell]] = field(default_factory=list) # rows that keep their place: means, chance
+    foot:list[list[Cell]] = field(default_factory=list) # last rows, which are not sorted: means, chance
     note:str = ''               # below the table
 
     def numeric(self)->list[bool]:
@@ -168,7 +168,7 @@ def _pivot(
     caption:str,
     corner:str,                # heading of the first column
     entries:Sequence[_Entry],
-    feet:Sequence[str]=(),     # names of rows that keep their place
+    feet:Sequence[str]=(),     # names of the rows that are not sorted
     note:str='',
 )->Table:
     "A table from cells by row and column, both in the order of their first appearance."
@@ -347,7 +347,7 @@ def _lead(results:Results, kind:str)->str:
     return f'{first.method} has {what}, {points:.1f} points more than {second.method}{interval}.'
 
 def _place(results:Results)->str:
-    "What the sentence is about: a mean over tasks, or one task; and its chance."
+    "What the sentence is about, a mean over tasks or one task, and its chance."
     frame, row = results.final(), _headline(results).iloc[0]
     zero_shot = list(dict.fromkeys(frame.task[frame.role == 'zero-shot']))
     where = f'Task {zero_shot[0] if row.task == MEAN else row.task}'
@@ -356,7 +356,7 @@ def _place(results:Results)->str:
     return f'{where}, chance {percent(row.chance)} %'
 
 def _single(results:Results)->str:
-    "The accuracies of one model, under the attack that leaves the least."
+    "The accuracies of one model, under the attack of lowest robust accuracy."
     rows = _headline(results)
     row = rows.iloc[rows.robust.argmin()]
     clean, robust = (_accuracy(row, kind) for kind in ('clean', 'robust'))
@@ -369,7 +369,7 @@ def _single(results:Results)->str:
 def outcome(
     results:Results,  # of one section
 )->str:
-    "What came out, in the words of the table."
+    "The outcome in a sentence, computed from the table."
     place = _place(results)
     if len(results.methods()) == 1:
         return f'{place}: {_single(results)}'
@@ -416,7 +416,7 @@ _DPI = 110 # of images inside a figure, pixels per inch
 def _compact_image(
     link:str,    # a PNG inside a link
 )->str:
-    "A photograph as JPEG where that is smaller."
+    "An image without transparency as JPEG, if that is smaller."
     from PIL import Image
     data, buffer = base64.b64decode(link.removeprefix(_PNG)), io.BytesIO()
     image = Image.open(io.BytesIO(data)).convert('RGBA')
@@ -445,7 +445,7 @@ def _svg(
     number:int,       # of the figure on its page
     alt:str,          # alternative text
 )->tuple[str, float]: # markup, and width in CSS pixels
-    "A figure as SVG that stands inside an HTML page."
+    "A figure as SVG for use inside an HTML page."
     import matplotlib as mpl
     fig.draw_without_rendering()  # the layout is final only after a first pass
     buffer = io.StringIO()
@@ -470,7 +470,7 @@ _LABELS = dict(left_out='not in the means', version='agft version', seconds='wal
                training_seconds='training, seconds')
 
 def _facts(about:Mapping[str, Any])->dict[str, str]:
-    "What stands behind the numbers, as texts; digests of inputs are left to the file of results."
+    "The facts behind the numbers, as texts; digests of inputs are only in the file of results."
     found = {}
     for key in (*_FIRST, *(key for key in about if key not in _FIRST)):
         value = about.get(key)
@@ -482,10 +482,10 @@ def _facts(about:Mapping[str, Any])->dict[str, str]:
 
 @dataclass(frozen=True)
 class Report:
-    "All that a page says."
+    "Everything that a page shows."
     title:str
     asked:str                    # what was asked, one sentence
-    outcome:str                  # what came out
+    outcome:str                  # the outcome, one or more sentences
     about:Mapping[str, Any]      # command, threats, chance, machine, version and whatever else
     tables:Sequence[Table]
     figures:Mapping[str, Figure] # caption -> figure

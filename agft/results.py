@@ -70,7 +70,7 @@ class Difference:
 def paired(
     a:Sequence[Run],      # runs of one method, one a seed
     b:Sequence[Run],      # runs of the other
-    tasks:Sequence[str],  # all of one weight
+    tasks:Sequence[str],  # all of equal weight
     kind:str='robust',    # clean or robust
 )->Difference:
     "The difference a - b of means over tasks and seeds."
@@ -126,7 +126,7 @@ def _numbers(
 
 @dataclass(frozen=True)
 class _About:
-    "The columns that all records of one evaluation share."
+    "The columns that are equal in all records of one evaluation."
     section:str
     method:str
     attack:str
@@ -229,7 +229,7 @@ def _frame(columns:Sequence[str], rows:Sequence[Sequence])->pd.DataFrame:
 
 @dataclass
 class Results:
-    "Accuracies of methods, and everything that was measured beside them."
+    "Accuracies of methods, and everything else that was measured."
     accuracy:pd.DataFrame                                  # one record a row
     about:dict[str, Any] = field(default_factory=dict)     # command, version, machine, seconds, threats, …
     config:dict[str, Any] = field(default_factory=dict)    # the configuration that made them
@@ -272,7 +272,7 @@ class Results:
         return Results(self.accuracy[keep], self.about, self.config, self.tables)
 
     def final(self)->pd.DataFrame:
-        "The rows of tables: the mean over seeds where there are several; with threat and above_chance."
+        "The rows for tables: the mean over seeds if there are several; adds `threat` and `above_chance`."
         frame = self.accuracy
         rows = frame[frame.seed.isna() | (frame.seeds == 1) & ~_has_mean(frame)]
         labels = map(_threat_label, rows.attack, rows.norm, rows.eps)
@@ -291,7 +291,7 @@ class Results:
         return by_method(self) if len(self.methods()) > 1 else by_task(self)
 
     def provenance(self)->str:
-        "The line under a table, in Markdown: what made it, on what, in what time, with how many seeds."
+        "The line under a table, in Markdown: command, threats, machine, seeds and seconds."
         shown = [f'{key}: {self.about[key]}' for key in _PROVENANCE if key in self.about]
         return f'*{". ".join(shown)}.*'
 
@@ -327,7 +327,7 @@ def _percents(
     return list(map(percent, rows[kind], rows[f'{kind}_sd']))
 
 def _cells(
-    rows:pd.DataFrame, prefix:str, above:bool, # of one task; of the column names; show the columns of chance
+    rows:pd.DataFrame, prefix:str, above:bool, # of one task; start of the column names; with chance or not
 )->pd.DataFrame:
     "Clean and robust accuracy as texts, one row a method."
     import pandas as pd
@@ -352,7 +352,7 @@ def task_name(
     task:str,
     role:str, # of its record
 )->str:
-    "A task as tables name it; one that no mean contains says so."
+    "A task as tables name it, with a note if no mean contains it."
     return f'{task} (not in the means)' if role == 'left out' else task
 
 def by_task(
@@ -385,23 +385,23 @@ def by_attack(
 
 def markdown(
     frame:pd.DataFrame,
-    digits:int=1,      # behind the point, of numbers
+    digits:int=1,      # decimals of numbers
     index:bool=True,   # show the index
 )->str:
-    "A table in Markdown: texts at the left of the first column, numbers at the right."
+    "A table in Markdown: the first column is aligned left, the others right."
     shown = frame.reset_index() if index else frame
     sides = ['left'] + ['right']*(shown.shape[1] - 1)
     form:dict[str, Any] = dict(floatfmt=f'.{digits}f', missingval='', colalign=sides)
     return shown.to_markdown(index=False, disable_numparse=_text_columns(shown), **form)
 
 def _text_columns(frame:pd.DataFrame)->list[int]:
-    "The numbers of the columns that hold texts, which tabulate must not read as numbers."
+    "The indices of the columns that hold texts, which tabulate must not read as numbers."
     from pandas.api.types import is_numeric_dtype
     return [i for i, kind in enumerate(frame.dtypes) if not is_numeric_dtype(kind)]
 
 def latex(
     frame:pd.DataFrame,
-    digits:int=1,      # behind the point, of numbers
+    digits:int=1,      # decimals of numbers
 )->str:
     "A table in LaTeX (booktabs)."
     return frame.reset_index().to_latex(index=False, float_format=f'%.{digits}f', escape=True)

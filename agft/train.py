@@ -75,22 +75,22 @@ class _Part(NamedTuple):
     last:bool    # whether it is the process's last part of the step
 
     @property
-    def of_batch(self)->float: # images of the batch for each image of the part
+    def of_batch(self)->float: # size of the batch divided by the size of the part
         return self.total/(self.rows.stop - self.rows.start)
 
     @property
-    def share(self)->float: # weight of a mean over the part; the average over processes is that of the batch
+    def share(self)->float: # weight of a mean over the part; processes then average to the batch's mean
         return self.copies/self.of_batch
 
 class _Data(NamedTuple):
-    "What is read for a part."
+    "The data of a part."
     images:Tensor        # (B,3,H,W) uint8
     labels:Tensor|None   # (B,)
-    features:Tensor|None # (B,…) of the teacher; None: they are not known in advance
+    features:Tensor|None # (B,…) of the teacher; None: they are not computed in advance
     captions:Tensor|None # (B,D) unit rows; None: the method reads none
 
     def pinned(self)->'_Data':
-        "The same in memory from which a GPU copies while it computes."
+        "The same in pinned memory, from which a GPU copies while it computes."
         others = [value if value is None else value.pin_memory() for value in self[1:]]
         return _Data(self.images.pin_memory(), *others)
 
@@ -200,10 +200,10 @@ def _features_of(
 
 def _shared_out(
     teacher:ZeroShotCLIP, method:Method, task:Task,
-    path:Path,       # beside which the processes write their shares
-    name:str,        # of this computation: another run may compute the same features
+    path:Path,       # the processes write their shares beside this file
+    name:str,        # identifies this computation: another run may compute the same features
 )->Tensor|None:      # (N,…) in the first process
-    "The teacher's features of all images, of which each process computes a share."
+    "The teacher's features of all images; each process computes a share of them."
     group = processes()
     mine = torch.arange(len(task)).tensor_split(group.num_processes)[group.process_index]
     found = _features_of(teacher, method, task, mine)
@@ -225,7 +225,7 @@ def _about_features(
     task:Task,
     inputs:dict[str, Any],   # digests: of the teacher, the images, plugin files
 )->dict[str, Any]:
-    "Everything that the teacher's features depend on; those of a method of your own, on its settings, too."
+    "Everything that the teacher's features depend on; for a method of your own also its settings."
     function = type(method).teacher_features
     settings = {} if function.__module__ == Method.__module__ else asdict(method)
     return dict(function=f'{function.__module__}.{function.__qualname__}', settings=settings, inputs=inputs,
@@ -236,7 +236,7 @@ def _features_file(
     out:Path,                # directory of the run
     about:dict[str, Any],
 )->Path:
-    "Where the features are kept."
+    "The file in which the features are kept."
     if root is None or not os.access(root, os.W_OK):
         return out/'teacher.pt'
     return Path(root)/'features'/f'{json_digest(about)[:16]}.pt'
@@ -351,7 +351,7 @@ def _caption_embeddings(
     return torch.cat([teacher.encode_text(texts[i:i + 1024]).cpu() for i in range(0, len(texts), 1024)])
 
 def _wrapped(learner:_Learner)->nn.Module:
-    "The module that averages gradients over the processes; itself where there is one."
+    "The module that averages gradients over the processes; the learner itself if there is only one."
     if processes().num_processes == 1:
         return learner
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
@@ -378,7 +378,8 @@ def adversarial_loss(
 )->Callable:                    # `loss_fn` for `fit`
     """Attack a batch, then take the method's loss on the adversarial images (AGFT Eq. 2, 9, 10).
 
-    The task has checked pixels and labels, and the end of the step checks the loss: no value is read here."""
+    Pixels and labels were checked with the task, and the loss is checked at the end of the step, so no value
+    is read from the device here."""
     device = models.head.device
     captions = _caption_embeddings(models.teacher, task) if method.reads_captions else None
     parts, learner = _Parts(task, train, seed, features, captions), _wrapped(_Learner(models))
@@ -411,11 +412,11 @@ def validation_of(
     attack:AttackConfig,    # radius and norm
     batch_size:int,         # images attacked at a time
 )->Callable:                # without arguments -> clean and robust accuracy, in [0,1], and `margins`
-    """What measures a student; several processes share out the batches.
+    """The function that measures a student; several processes divide the batches among them.
 
-    `margins` is the factor between the student's cosine margins and the teacher's on clean images; AGFT's
-    target asks for γ. It is the slope of a line through the origin, fitted to cosines from which the mean of
-    the image is subtracted."""
+    `margins` is the factor between the student's cosine margins and the teacher's on clean images; γ for a
+    perfect fit of AGFT's target. It is the slope of a line through the origin, fitted to cosines from
+    which the mean of the image is subtracted."""
     pgd20, group = threat('pgd20', attack.eps, attack.norm), processes()
     labels, batches = task.require_labels(), torch.arange(len(task)).split(batch_size)
     head = teacher.head(task.classes, task.templates)
@@ -478,7 +479,7 @@ class Run:
 def _check_names(
     config:FinetuneConfig,
 )->FinetuneConfig: # the same, its types and ranges checked
-    "Check what needs neither model nor images."
+    "The checks that need neither model nor images."
     config = validate(config)
     load_plugins(config.plugins)
     check_trackers(config.train.trackers)
@@ -614,7 +615,7 @@ def _validation_task(
 # %% ../nbs/13_train.ipynb #5d8b92a0
 def _check_space(
     run:Run,
-    out:Path,    # folder of the run
+    out:Path,    # directory of the run
 ):
     "Raise `AgftError` if the disk cannot hold the checkpoints."
     sizes = [p.numel()*p.element_size() for p in run.models.student.parameters()]
@@ -624,9 +625,9 @@ def _check_space(
 
 def _take_checkpoint(
     run:Run,
-    out:Path,    # folder of the run
+    out:Path,    # directory of the run
 ):
-    "Begin with the checkpoint of another run that differs in its learning rate only."
+    "Start from the checkpoint of another run that differs only in its learning rate."
     origin, now = Path(run.config.train.start_from or ''), run.about
     there, held = read_json(origin/'run.json'), load_tensors(origin/'state.pt')
     for about in (there, now):
@@ -637,13 +638,13 @@ def _take_checkpoint(
     save_tensors(held | dict(about=run.about), out/'state.pt')
 
 def _notes(run:Run)->dict[str, Any]:
-    "What stands in a checkpoint beside the weights."
+    "What a checkpoint holds beside the weights."
     names = dict(method=run.config.method.name, source=run.config.data.source)
     return json.loads(json.dumps(flatten(recorded(run.config)) | names | dict(inputs=run.inputs)))
 
 def _validation(
     run:Run,
-    out:Path,    # folder of the run
+    out:Path,    # directory of the run
 )->Validation|None:
     "What is measured while the run trains."
     every, (student, teacher, _), config = run.config.train.validate_every, run.models, run.config
@@ -657,7 +658,7 @@ def _validation(
 
 def _train(
     run:Run,
-    out:Path,                  # folder of the run
+    out:Path,                  # directory of the run
     watch:Sequence[Callable],  # as `fit` takes it
 ):
     "Train the student of a run, and save it."
@@ -683,7 +684,7 @@ def _train(
 
 def finetune(
     config:FinetuneConfig,
-    out:str|Path,                   # folder of the run; an interrupted run there is continued
+    out:str|Path,                   # directory of the run; an interrupted run there is continued
     device:str|torch.device='auto', # auto, cpu, cuda or cuda:N
     model:ZeroShotCLIP|None=None,   # the pre-trained model; None loads the one of `config`
     task:Task|None=None,            # the source task; None loads the one of `config`

@@ -135,24 +135,6 @@ def test_flags_only_on_cells_that_are_not_exported(nb):
 
 
 CHAPTERS = [path for path in BOOK if path.stem != 'index']
-CALLS = 'style()', 'import_torchvision()'  # what may stand between imports
-
-
-@pytest.mark.parametrize('nb', CHAPTERS, ids=lambda path: path.stem)
-def test_imports_have_cells_of_their_own(nb):
-    """nbdev executes every cell with an import when it makes the site.
-
-    The cells that such a cell builds on are not executed.
-    """
-    for cell in cells(nb):
-        if cell.kind != 'code' or re.match(r'#\|\s*export', cell.source):
-            continue
-        without_magics = re.sub(r'^\s*[%!].*$', '', cell.source, flags=re.M)
-        nodes = [node for node in ast.parse(without_magics).body if ast.unparse(node) not in CALLS]
-        imports = [isinstance(node, ast.Import | ast.ImportFrom) for node in nodes]
-        assert all(imports) or not any(imports), cell.source[:200]
-
-
 MACHINE = re.compile(r'(?<![\w.~/])/(home|root|work|opt|tmp|usr|Users|mnt|content)/\w')
 
 
@@ -371,27 +353,64 @@ def test_page_that_is_not_found_leads_on():
     assert links and all((ROOT/'nbs'/link).exists() for link in links)
 
 
-COPY = """import sys
-from nbdev.serve import proc_nbs
-sys.path.insert(0, sys.argv[1])
-from render_site import COPIED
-proc_nbs(n_workers=0, **COPIED)"""
+PROCESS = 'import sys; sys.path.insert(0, sys.argv[1]); from render_site import process; process()'
 
 
-def test_what_stands_beside_the_notebooks_reaches_the_site(tmp_path):
+@pytest.fixture(scope='module')
+def processed(tmp_path_factory):
+    "What Quarto is given, made by nbdev; Quarto itself is not needed."
+    root = tmp_path_factory.mktemp('site')
+    for file in ('settings.ini', '_quarto.yml'):
+        shutil.copy(ROOT/file, root)
+    hidden = shutil.ignore_patterns('runs', '.*', '__pycache__')
+    for folder in ('agft', 'nbs'):
+        shutil.copytree(ROOT/folder, root/folder, symlinks=True, ignore=hidden)
+    env = {**os.environ, 'HOME': str(root), 'PYTHONPATH': str(root)}
+    command = [sys.executable, '-c', PROCESS, ROOT/'tools']
+    found = subprocess.run(command, cwd=root, env=env, check=True, capture_output=True, text=True)
+    assert not found.stderr, found.stderr
+    return root/'_proc'
+
+
+def test_what_stands_beside_the_notebooks_reaches_the_site(processed):
     "nbdev leaves out names with an underscore, such as _metadata.yml, unless it is told otherwise."
-    shutil.copy(ROOT/'settings.ini', tmp_path)
-    shutil.copy(ROOT/'_quarto.yml', tmp_path)
-    hidden = shutil.ignore_patterns('*.ipynb', 'runs', 'images', '.*')
-    shutil.copytree(ROOT/'nbs', tmp_path/'nbs', symlinks=True, ignore=hidden)
-    copy = [sys.executable, '-c', COPY, ROOT/'tools']
-    env = {**os.environ, 'HOME': str(tmp_path)}
-    subprocess.run(copy, cwd=tmp_path, env=env, check=True, capture_output=True)
     named = [*site()['project']['resources'], site()['format']['html']['css']]
     for file in ('_quarto.yml', 'nbdev.yml', '404.qmd', 'experiments/_metadata.yml', *named):
-        assert (tmp_path/'_proc'/file).is_file(), file
+        assert (processed/file).is_file(), file
     assert yaml.safe_load((ROOT/'nbs/experiments/_metadata.yml').read_text())['code-fold'] is True
     assert 'run: python tools/render_site.py' in (ROOT/'.github/workflows/deploy.yaml').read_text()
+
+
+def code_lines(source):
+    "Lines of code without directives and empty lines."
+    return [line for line in source.splitlines() if line.strip() and not line.startswith('#|')]
+
+
+@pytest.mark.parametrize('nb', CHAPTERS, ids=lambda path: path.stem)
+def test_site_shows_the_exported_code_in_the_order_of_the_source(nb, processed):
+    shown = [cell.source for cell in cells(processed/nb.relative_to('nbs')) if cell.kind == 'code']
+    exported = [cell.source for cell in cells(nb) if re.match(r'#\|\s*export', cell.source)]
+    found = [code_lines(source) for source in shown if '#| code-summary' in source]
+    assert [code_lines(source) for source in exported if code_lines(source)] == [lines for lines in found if lines]
+    for source in shown:
+        if len(code_lines(source)) > 30 and 'code-summary' in source:
+            assert '#| code-fold: true' in source
+
+
+def test_links_of_the_site_to_functions_lead_to_them(processed):
+    url = f'{settings()["doc_host"]}{settings()["doc_baseurl"]}'.replace('%(user)s', settings()['user'])
+    links = set()
+    for page in processed.rglob('*.ipynb'):
+        links |= set(re.findall(re.escape(url) + r'/([\w/]+)\.html#([\w.]+)\)', prose(page)))
+    pages = {page.stem[3:]: prose(page) for page in processed.glob('[0-9]*.ipynb')}
+    missing = [(page, name) for page, name in links if f'[]{{#{name}}}' not in pages[page]]
+    assert len(links) > 50 and not missing
+
+
+@pytest.mark.parametrize('nb', BOOK, ids=lambda path: path.stem)
+def test_site_shows_no_path_and_no_warning(nb, processed):
+    text = (processed/nb.relative_to('nbs')).read_text(encoding='utf-8')
+    assert not MACHINE.search(text) and not re.search(r'\w*Warning: ', text)
 
 
 def luminance(color):
