@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -90,3 +91,15 @@ def interrupted(monkeypatch):
             patch.setattr(cls, 'loss', dies)
             training()
     return call
+
+
+BROWSERS = 'chromium', 'chromium-browser', 'google-chrome'
+
+
+@pytest.fixture(scope='session')
+def chromium():
+    "The browser's path."
+    found = [path for name in BROWSERS if (path := shutil.which(name))]
+    if not found:
+        pytest.skip(f'no browser here: none of {", ".join(BROWSERS)}')
+    return found[0]

@@ -3,7 +3,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -250,17 +249,6 @@ frame.onload = () => {
   found.intervals.push(shown())
   document.title = JSON.stringify(found)
 }'''
-NAMES = 'chromium', 'chromium-browser', 'google-chrome'
-
-
-@pytest.fixture(scope='module')
-def chromium():
-    "The browser's path."
-    found = [path for name in NAMES if (path := shutil.which(name))]
-    if not found:
-        pytest.skip(f'no browser here: none of {", ".join(NAMES)}')
-    return found[0]
-
 
 def test_on_a_phone_nothing_slides_and_a_click_sorts(chromium, tmp_path):
     "The page stands in a frame, because Chromium's own windows are 500 pixels wide or wider."
