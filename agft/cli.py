@@ -89,7 +89,7 @@ class _Audit(_Preset):
 
 @dataclass(frozen=True)
 class _Tune(_Preset):
-    "Search the learning rates of the demonstration's methods, by one rule on a validation split."
+    "Search the settings of the demonstration's methods, by one rule on a validation split."
     config:Annotated[Recipe, _Unnamed] = field(default_factory=Recipe)
     out:str = 'agft_tune'      # output directory
     device:str = 'auto'        # auto, cpu or cuda
@@ -99,7 +99,7 @@ class _Bench(_Preset):
     "Train and evaluate every method under one protocol: tables, intervals, figures."
     config:Annotated[Recipe, _Unnamed] = field(default_factory=Recipe)
     out:str = 'agft_bench'     # output directory
-    quick:bool = False         # a cut-down protocol that runs every part in minutes
+    quick:bool = False         # a cut-down protocol without a search, which takes minutes
     scheduler:str = ''         # tcp://HOST:PORT of a Dask cluster that does the work; empty: this machine
     device:str = 'auto'        # auto, cpu or cuda
 

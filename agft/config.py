@@ -170,7 +170,7 @@ class MethodConfig:
     "A fine-tuning method with its hyper-parameters and its learning rate."
     name:str = 'AGFT'                # a name of METHOD_NAMES, or of a plugin
     lr:Positive|None = None          # peak learning rate; None: the preset's rate for the method
-    logit_scale:Positive|None = None # 1/τ of the student in training; None: the pre-trained model's own
+    logit_scale:Positive|None = None # 1/τ in training; None: the pre-trained model's own (PMG-AFT: 1)
     gamma:Annotated[float, Field(gt=0, le=1)]|None = None # calibration ratio of AGFT's target
     alpha:NonNegative|None = None    # weight of the first extra term (PMG-AFT, TGA-ZSR, AdvFLYP)
     beta:NonNegative|None = None     # weight of the second extra term (the same, and TRADES-AGFT)
