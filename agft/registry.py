@@ -515,13 +515,14 @@ def _stl10(root:Path, split:str, classes:Sequence[str])->Listing:
     return Listing(pixels.transpose(0, 3, 2, 1), labels.tolist())
 
 def _pcam(root:Path, split:str, classes:Sequence[str])->Listing:
+    paths = {key: root/'pcam'/f'camelyonpatch_level_2_split_{split}_{key}.h5' for key in 'xy'}
+    for path in paths.values():
+        path.stat()  # an absent file is noticed before an absent h5py
     try:
         import h5py
     except ImportError as e:
         raise AgftError("PCAM's files need h5py; install it with pip install 'agft[data]'") from e
-    def read(key:str)->Any:
-        path = root/'pcam'/f'camelyonpatch_level_2_split_{split}_{key}.h5'
-        return h5py.File(open(path, 'rb'))[key]
+    def read(key:str)->Any: return h5py.File(open(paths[key], 'rb'))[key]
     return Listing(read('x'), read('y')[:].ravel().tolist()) # the images stay in the file
 
 def _lines(path:Path)->list[str]:

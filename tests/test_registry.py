@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import pickle
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from agft.methods import method
 from agft.registry import (
     DATA_SETS,
     PAPER15,
+    Missing,
     classes_of,
     data_report,
     digest,
@@ -159,6 +161,17 @@ def layout(name, root):
     elif name == 'country211':
         folders(root/'country211/test', classes)
     return [*range(C)]
+
+
+def test_pcam_without_its_library_is_absent_or_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'h5py', None)
+    with pytest.raises(Missing):
+        open_images(tmp_path, 'pcam')
+    (tmp_path/'pcam').mkdir()
+    for key in 'xy':
+        (tmp_path/f'pcam/camelyonpatch_level_2_split_test_{key}.h5').touch()
+    with pytest.raises(AgftError, match='h5py'):
+        open_images(tmp_path, 'pcam')
 
 
 BY_SPLIT = ['dtd', 'fgvc_aircraft', 'food101', 'stanford_cars', 'country211', 'oxford_pets', 'flowers102',
