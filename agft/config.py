@@ -99,10 +99,9 @@ class DataConfig:
     source:str = 'source'            # task of the fine-tuning: a name, or the path of a folder of images
     zero_shot:Names = ()             # tasks that are only tested
     root:str|None = None             # folder with public data sets (see agft data)
-    prompts:str|tuple[str, ...] = 'plain' # of published data: agft, plain, openai, or sentences with {}
+    prompts:str|tuple[str, ...] = 'plain' # of photographs: agft, plain, openai, or sentences with {}
     size:Count|None = None           # pixels that photographs are brought to; None: each data set's own rule
-    bank:str|None = None             # world, names, clip-names, wordnet or a text file: sentences in place of
-                                     # the prompts in training, for methods that read no labels
+    bank:str|None = None             # sentences of the target: world, names, clip-names, wordnet, a file
     bank_size:Count|None = None      # sentences of the bank; None: all, 1000 of the drawn world
 
     def __post_init__(self):

@@ -617,6 +617,9 @@ def _own(
     name, place = folder.resolve().name, there.get(split, 'train' if there else '.')
     _check_name(name)
     x, y, classes = read_folder(folder/place, size or 224)
+    if split == 'train' and not there:
+        warnings.warn(f'{folder} has no folders train and test: every training image is also a test image',
+                      stacklevel=3)
     if others:
         beside = f'folders beside the splits are left out: {", ".join(others)}'
         x.note = '; '.join(filter(None, [x.note, beside]))

@@ -217,7 +217,8 @@ class _Format:
     code:str         # how REPO is loaded, for the card
     write:Callable[[ZeroShotCLIP, Path, str], None]  # writes all but card and open_clip's weights
 
-_ZERO_SHOT = 'A zero-shot classifier: any class names and prompts work.'
+_ZERO_SHOT = ('A zero-shot classifier: it takes any class names and prompts. '
+              'Fine-tuning may have lost what its training prompts do not name.')
 
 FORMATS = {  # what `agft export --format` takes
     'open_clip': _Format(
