@@ -89,7 +89,7 @@ class Page:
 def draw_folder(folder, n=200):
     "Drawn things as files in class folders; a fourth of them in `test`."
     things = load_task('things', n)
-    for i, (x, y) in enumerate(zip(things.images, things.labels, strict=True)):
+    for i, (x, y) in enumerate(zip(things.images[:], things.require_labels(), strict=True)):
         target = folder/('test' if i % 4 == 0 else 'train')/things.classes[y]
         target.mkdir(parents=True, exist_ok=True)
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(target/f'{i}.png')
