@@ -11,7 +11,6 @@ from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = dict(skip_file_re='^[.]')  # also names that begin with an underscore: nbs/experiments/_metadata.yml
 LONG = 25  # lines of exported code that are shown unfolded
 EXPORTED = re.compile(r'#\| code-fold: show\n#\| code-summary: .*\n')  # what nbdev writes above exported code
 
@@ -41,7 +40,8 @@ def with_anchors(cell):
 
 def process():
     "The folder in which nbdev has prepared the notebooks for Quarto."
-    pages = proc_nbs(n_workers=0, force=True, **COPIED)
+    # also names that begin with an underscore, which nbdev leaves out: nbs/experiments/_metadata.yml
+    pages = proc_nbs(n_workers=0, force=True, skip_file_re='^[.]')
     for path in pages.rglob('*.ipynb'):
         nb = nbformat.read(path, 4)
         nb.cells = [shown for cell in nb.cells for shown in with_anchors(cell)]
