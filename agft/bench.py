@@ -20,7 +20,7 @@ from .evaluation import evaluate_threats
 from .model import fingerprint, interpolate
 from .report import best, hypervolume, machine
 from .results import MEAN, Record, Results, Run, attack_and_radius, paired, summarise, table
-from .search import run_dir, search_all, search_method, training_seconds, trial_of, with_settings
+from .search import Trial, run_dir, search_all, search_method, training_seconds, trial_of, with_settings
 from .threats import Threat, load_plugins, threats_of
 from .train import finetune
 from .weights import load_model, read_notes, save_model
@@ -155,19 +155,22 @@ def comparisons(
 # %% ../nbs/21_bench.ipynb #d0aac61e
 def _ablation_models(
     recipe:Recipe, out:Path, device:str,
-)->list[Trained]:
+)->tuple[list[Trained], list[Trial]]: # no model of a pair whose runs all diverged; every trial
     "AGFT at several γ and logit scales, each pair at its own learning rate (the paper's Table 8)."
     own, ablation = load_model(recipe.model.name).logit_scale, recipe.protocol.ablation
-    jobs, models = [], []
+    jobs, models, trials = [], [], []
     for gamma, times in product(ablation.gamma, ablation.scale):
         start = replace(recipe.methods['AGFT'], gamma=gamma, logit_scale=round(times*own, 1))
         jobs.append((recipe, start, out, device, ('lr',), ablation.trials))
     found = parallel_map(search_method, jobs, device, 'searching rates of the ablation')
-    for (_, start, *_), trials in zip(jobs, found, strict=True):
-        chosen = next(replace(start, lr=trial.lr) for trial in trials if trial.chosen)
-        name = f'γ {chosen.gamma:g}, 1/τ {chosen.logit_scale:.0f}'
-        models.append(Trained(name, recipe.seed, str(run_dir(out, chosen, recipe.seed)/'model.safetensors')))
-    return models
+    for (_, start, *_), tried in zip(jobs, found, strict=True):
+        trials += tried
+        best = next(trial for trial in tried if trial.chosen)
+        if not best.diverged:
+            folder = run_dir(out, replace(start, lr=best.lr), recipe.seed)
+            name = f'γ {best.gamma:g}, 1/τ {best.logit_scale:.0f}'
+            models.append(Trained(name, recipe.seed, str(folder/'model.safetensors')))
+    return models, trials
 
 def _interpolated_models(
     recipe:Recipe, out:Path, models:Sequence[Trained], # one of each method
@@ -264,17 +267,17 @@ def describe(
 
 def _variants(
     parts:_Bench, first:Sequence[Trained], # one model of each method
-)->tuple[list[Record], dict[str, list[dict]]]: # records of the ablation; tables weights and hypervolume
+)->tuple[list[Record], dict[str, list]]: # records; tables ablation, weights and hypervolume
     "The ablation and the interpolated models, at the first radius."
     recipe, protocol = parts.recipe, parts.recipe.protocol
-    one, records = replace(recipe.eval, eps=recipe.eval.eps[:1]), []
+    one, records, tables = replace(recipe.eval, eps=recipe.eval.eps[:1]), [], {}
     if 'AGFT' in recipe.methods:
-        ablation = _ablation_models(recipe, parts.out, parts.device)
+        ablation, tables['ablation'] = _ablation_models(recipe, parts.out, parts.device)
         records = parts.section('ablation', ablation, replace(one, images=protocol.ablation.images))
     between = _interpolated_models(recipe, parts.out, first[1:])
     weights = parts.section('weights', between, replace(one, images=protocol.weights.images))
     points, areas = _curves(recipe, weights)
-    return records, dict(weights=points, hypervolume=areas)
+    return records, tables | dict(weights=points, hypervolume=areas)
 
 def _sections(
     parts:_Bench, models:Sequence[Trained],

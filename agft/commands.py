@@ -94,12 +94,13 @@ def demo(
     inputs = dict(teacher=fingerprint(original), tasks={task.name: task.digest() for task in tasks})
     with open_run(out, _run('demo', recipe, inputs, seeds=seeds)) as folder:
         results, page = _demo(recipe, folder, seeds, device, tasks, threats)
-        results.about = _about(command, threats, tasks, device, began, seeds=seeds)
+        about = _about(command, threats, tasks, device, began, seeds=seeds)
+        results.about = about | dict(stored_results=recipe.demo_note)
         results.save(folder/'results.json')
         write_text(folder/'report.html', page())
     for label in results.threats():
         print(f'\n{label}\n{markdown(by_task(_under(results, label)))}', flush=True)
-    print(f'\n{time.time() - began:.0f} s; {out} holds results.json, report.html and the checkpoints')
+    print(f'\n{recipe.demo_note}\n{time.time() - began:.0f} s; {out} holds results.json, report.html and the checkpoints')
     return results
 
 def _demo(

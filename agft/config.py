@@ -312,6 +312,7 @@ class Recipe:
     train:TrainConfig = field(default_factory=TrainConfig)
     methods:dict[str, MethodConfig] = field(default_factory=dict) # by the method's name
     demo:Names = ()                  # methods of the demonstration
+    demo_note:str = ''               # stored results, printed after the demonstration
     eval:EvalConfig = field(default_factory=EvalConfig)
     search:SearchConfig = field(default_factory=SearchConfig)
     bench:BenchConfig|None = None

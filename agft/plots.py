@@ -34,6 +34,7 @@ PALETTE = {  # name of a method -> colour
     'TRADES-AGFT': '#003a66',
     'PMG-AFT': '#009e73',
     'PMG-AFT-mean': '#7fc8a9',
+    'AdvFLYP': '#8e6bbf',
     'TGA-ZSR': '#cc79a7',
     'chance': '#222222',
 }

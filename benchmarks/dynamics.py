@@ -52,7 +52,7 @@ def main():
     recipe = load_preset(a.preset)
     jobs = [(recipe, name, a.runs/'runs'/name.replace(' ', '_'), a.every) for name in RUNS]
     lines = [line for found in parallel_map(follow, jobs, 'cpu', 'training') for line in found]
-    keep = 'method', 'step', 'loss', 'robust', *(f'validation_{k}' for k in (
+    keep = 'method', 'step', 'loss', 'grad_norm', 'robust', *(f'validation_{k}' for k in (
         'clean', 'robust', 'margins', 'zero_shot_clean', 'zero_shot_robust'))
     rows = [{key: line.get(key) for key in keep} for line in lines]
     save(a, recipe, [], began, 1, TASK_IMAGES, dynamics=rows)

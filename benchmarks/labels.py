@@ -2,9 +2,9 @@
 
     python benchmarks/labels.py [--preset tiny] [--bench runs/bench] [--out results/labels_tiny.json]
 
-TeCoA and PMG-AFT read the labels. AGFT, Soft and FARE do not: wrong labels, or none, leave their runs as
-they are with clean ones, so these runs are not repeated. With a long tail the largest class has 50 times as
-many images as the smallest one, and there are as many images as before. Settings are those that the
+TeCoA and PMG-AFT-mean read the labels. AGFT, Soft and FARE do not: wrong labels, or none, leave their runs
+as they are with clean ones, so these runs are not repeated. With a long tail the largest class has 50 times
+as many images as the smallest one, and there are as many images as before. Settings are those that the
 benchmark chose with clean labels; with --bench its runs are used again. Interrupted, the same command goes
 on.
 """
@@ -17,7 +17,7 @@ from study import Variant, add_sizes, arguments, compare, runs_of, save
 
 from agft.config import load_preset
 
-READ_LABELS, NO_LABELS = ('TeCoA', 'PMG-AFT'), ('AGFT', 'Soft', 'FARE')
+READ_LABELS, NO_LABELS = ('TeCoA', 'PMG-AFT-mean'), ('AGFT', 'Soft', 'FARE')
 
 
 def main():

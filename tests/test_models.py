@@ -2,6 +2,7 @@
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -9,7 +10,7 @@ from agft.config import load_preset
 from agft.core import asset
 from agft.data import load_task
 from agft.evaluation import evaluate_task
-from agft.results import Results
+from agft.results import MEAN, Results, percent
 from agft.threats import threat
 from agft.weights import load_model
 
@@ -47,12 +48,25 @@ def test_tiny_is_a_zero_shot_model_that_attacks_break():
 
 
 @pytest.mark.parametrize('name', ['tiny', 'photo'])
-def test_learning_rates_are_those_that_the_benchmark_chose(name):
+def test_settings_are_those_that_the_benchmark_chose(name):
     recipe = load_preset(name)
     source = recipe.lr_from
     assert source is not None
     results = Results.load(ROOT/source.results)
-    trials = results.tables['trials']
-    chosen = dict(zip(trials.method[trials.chosen], trials.lr[trials.chosen], strict=True))
-    assert {method: settings.lr for method, settings in recipe.methods.items()} == chosen
+    for trial in results.tables['trials'].query('chosen').itertuples():
+        settings = recipe.methods[trial.method]
+        for key in ('lr', 'gamma', 'logit_scale'):
+            value = getattr(trial, key, None)
+            assert pd.isna(value) or value == getattr(settings, key), (trial, key)
+    assert {*recipe.methods} == {*results.tables['trials'].method}
     assert results.about['command'] == source.command
+
+
+def test_the_demonstration_quotes_the_stored_results():
+    recipe = load_preset('demo')
+    source = recipe.lr_from
+    assert source is not None and source.command in recipe.demo_note
+    means = Results.load(ROOT/source.results).select(section='main', task=MEAN).final().set_index('method')
+    for method in recipe.demo:
+        row = means.loc[method]
+        assert f'{method} {percent(row.clean)} / {percent(row.robust)}' in recipe.demo_note
