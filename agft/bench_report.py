@@ -112,7 +112,7 @@ def bench_page(
              f'({seeds} {"seed" if seeds == 1 else "seeds"}) and test on this task and the zero-shot tasks.')
     about = results.about | dict(chance=chance_text(main))
     if about.get('left_out'):
-        reason = 'the original model is below three times chance on clean images'
+        reason = 'the clean accuracy of the original model is too close to chance'
         about['left_out'] = f'{", ".join(about["left_out"])}: {reason}'
     tables = _accuracy_tables(results, main) + _more_tables(results)
     title = f'agft bench: {results.config["model"]["name"]}'

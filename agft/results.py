@@ -292,10 +292,10 @@ class Results:
 
     def provenance(self)->str:
         "The line under a table, in Markdown: command, threats, machine, seeds and seconds."
-        shown = [f'{key}: {self.about[key]}' for key in _PROVENANCE if key in self.about]
+        shown = [f'{key.replace("_", " ")}: {self.about[key]}' for key in _PROVENANCE if key in self.about]
         return f'*{". ".join(shown)}.*'
 
-_PROVENANCE = 'command', 'threats', 'machine', 'seeds', 'seconds'
+_PROVENANCE = 'command', 'threats', 'machine', 'seeds', 'training_seconds', 'seconds'
 
 def _has_mean(frame:pd.DataFrame)->pd.Series:
     "Which rows belong to a group that has a row of the mean over seeds."
