@@ -117,7 +117,7 @@ def too_hard(
 )->list[str]:          # names of tasks
     """The zero-shot tasks that the pre-trained model cannot do.
 
-    Its clean accuracy is below three times chance, or, if chance is above 20 %, closer to chance than to 1."""
+    Its clean accuracy is below three times chance, or (chance above 20 %) closer to chance than to 1."""
     found = []
     for task, flags in original.items():
         needed = min(3*flags.chance, (1 + flags.chance)/2)

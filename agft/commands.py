@@ -100,7 +100,8 @@ def demo(
         write_text(folder/'report.html', page())
     for label in results.threats():
         print(f'\n{label}\n{markdown(by_task(_under(results, label)))}', flush=True)
-    print(f'\n{recipe.demo_note}\n{time.time() - began:.0f} s; {out} holds results.json, report.html and the checkpoints')
+    print(f'\n{recipe.demo_note}' if recipe.demo_note else '')
+    print(f'{time.time() - began:.0f} s; {out} holds results.json, report.html and the checkpoints')
     return results
 
 def _demo(
