@@ -171,10 +171,10 @@ def _ablation_models(
     found = parallel_map(search_method, jobs, device, 'searching rates of the ablation')
     for (_, start, *_), tried in zip(jobs, found, strict=True):
         trials += tried
-        best = next(trial for trial in tried if trial.chosen)
-        if not best.diverged:
-            folder = run_dir(out, replace(start, lr=best.lr), recipe.seed)
-            name = f'γ {best.gamma:g}, 1/τ {best.logit_scale:.0f}'
+        chosen = next(trial for trial in tried if trial.chosen)
+        if not chosen.diverged:
+            folder = run_dir(out, replace(start, lr=chosen.lr), recipe.seed)
+            name = f'γ {chosen.gamma:g}, 1/τ {chosen.logit_scale:.0f}'
             models.append(Trained(name, recipe.seed, str(folder/'model.safetensors')))
     return models, trials
 

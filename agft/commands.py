@@ -94,8 +94,8 @@ def demo(
     inputs = dict(teacher=fingerprint(original), tasks={task.name: task.digest() for task in tasks})
     with open_run(out, _run('demo', recipe, inputs, seeds=seeds)) as folder:
         results, page = _demo(recipe, folder, seeds, device, tasks, threats)
-        about = _about(command, threats, tasks, device, began, seeds=seeds)
-        results.about = about | dict(stored_results=recipe.demo_note)
+        more = dict(seeds=seeds, stored_results=recipe.demo_note)
+        results.about = _about(command, threats, tasks, device, began, **more)
         results.save(folder/'results.json')
         write_text(folder/'report.html', page())
     for label in results.threats():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from .core import asset
-from .results import MEAN, Results, latex, percent, task_name
+from .results import MEAN, Results, about_label, latex, percent, task_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -466,8 +466,6 @@ def _svg(
 
 # %% ../nbs/16_report.ipynb #9da9cbfd
 _FIRST = 'threats', 'chance', 'left_out', 'seeds' # what a reader needs beside the numbers
-_LABELS = dict(left_out='not in the means', version='agft version', seconds='wall time, seconds',
-               training_seconds='training, seconds')
 
 def _facts(about:Mapping[str, Any])->dict[str, str]:
     "The facts behind the numbers, as texts; digests of inputs are only in the file of results."
@@ -477,7 +475,7 @@ def _facts(about:Mapping[str, Any])->dict[str, str]:
         if key == 'command' or isinstance(value, dict) or value in ('', [], None):
             continue
         text = ', '.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        found[_LABELS.get(key, key.replace('_', ' '))] = text
+        found[about_label(key)] = text
     return found
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['RESAMPLES', 'Run', 'MEAN', 'MEAN_OF_ALL', 'SCHEMA', 'COLUMNS', 'bootstrap_ci', 'Difference', 'paired', 'Record',
-           'summarise', 'attack_and_radius', 'Results', 'table', 'percent', 'by_method', 'task_name', 'by_task',
-           'by_attack', 'markdown', 'latex']
+           'summarise', 'attack_and_radius', 'Results', 'about_label', 'table', 'percent', 'by_method', 'task_name',
+           'by_task', 'by_attack', 'markdown', 'latex']
 
 # %% ../nbs/15_results.ipynb #a1c09a90
 RESAMPLES = 2000  # draws of the bootstrap
@@ -292,10 +292,18 @@ class Results:
 
     def provenance(self)->str:
         "The line under a table, in Markdown: command, threats, machine, seeds and seconds."
-        shown = [f'{key.replace("_", " ")}: {self.about[key]}' for key in _PROVENANCE if key in self.about]
+        shown = [f'{about_label(key)}: {self.about[key]}' for key in _PROVENANCE if key in self.about]
         return f'*{". ".join(shown)}.*'
 
 _PROVENANCE = 'command', 'threats', 'machine', 'seeds', 'training_seconds', 'seconds'
+_LABELS = dict(left_out='not in the means', version='agft version', seconds='seconds of the last call',
+               training_seconds='seconds of training, all calls')
+
+def about_label(
+    key:str, # of `Results.about`
+)->str:
+    "The words with which pages show a fact about results."
+    return _LABELS.get(key, key.replace('_', ' '))
 
 def _has_mean(frame:pd.DataFrame)->pd.Series:
     "Which rows belong to a group that has a row of the mean over seeds."
@@ -388,11 +396,12 @@ def markdown(
     digits:int=1,      # decimals of numbers
     index:bool=True,   # show the index
 )->str:
-    "A table in Markdown: the first column is aligned left, the others right."
+    "A table in Markdown: the first column is aligned left, the others right; missing values are empty."
     shown = frame.reset_index() if index else frame
     sides = ['left'] + ['right']*(shown.shape[1] - 1)
     form:dict[str, Any] = dict(floatfmt=f'.{digits}f', missingval='', colalign=sides)
-    return shown.to_markdown(index=False, disable_numparse=_text_columns(shown), **form)
+    filled = shown.astype(object).where(shown.notna(), None)  # tabulate leaves None empty, and writes nan
+    return filled.to_markdown(index=False, disable_numparse=_text_columns(shown), **form)
 
 def _text_columns(frame:pd.DataFrame)->list[int]:
     "The indices of the columns that hold texts, which tabulate must not read as numbers."
