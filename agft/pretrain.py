@@ -416,7 +416,7 @@ def _crop(
     x:Tensor,           # (B,3,H,W) uint8
     h:int,              # height of the window
     w:int,              # width of the window
-    g:Generator,
+    g:Generator,        # of the CPU: the windows do not depend on the device
 )->Tensor:              # (B,3,H,W) in [0,1]
     "A random window of each image, mirrored half of the time, scaled to the image's size."
     B, (H, W) = len(x), x.shape[-2:]
@@ -425,7 +425,8 @@ def _crop(
     mirrored = torch.rand(B, 1, generator=g) < .5
     columns = torch.where(mirrored, torch.arange(w), torch.arange(w - 1, -1, -1)) + left   # (B,w)
     rows = top + torch.arange(h)                                                           # (B,h)
-    window = x[torch.arange(B)[:, None, None], :, rows[:, :, None], columns[:, None, :]]   # (B,h,w,3)
+    each, rows, columns = torch.arange(B).to(x.device), rows.to(x.device), columns.to(x.device)
+    window = x[each[:, None, None], :, rows[:, :, None], columns[:, None, :]]              # (B,h,w,3)
     window = window.permute(0, 3, 1, 2).float().div_(255)
     return F.interpolate(window, size=(H, W), mode='bilinear', align_corners=False)
 
@@ -437,10 +438,10 @@ def _augment(
     "Crop (one size a quarter of the batch), make 30 % coarse, change brightness and contrast by ±20 %."
     sizes = torch.randint(36, 65, (4, 2), generator=g).tolist()
     x = torch.cat([_crop(quarter, h, w, g) for quarter, (h, w) in zip(x.chunk(4), sizes, strict=False)])
-    coarse = torch.randperm(len(x), generator=g)[:int(.3*len(x))]
+    coarse = torch.randperm(len(x), generator=g)[:int(.3*len(x))].to(x.device)
     small = F.interpolate(x[coarse], size=32, mode='area')
     x[coarse] = F.interpolate(small, size=64, mode='bilinear', align_corners=False)
-    brightness, contrast = .4*torch.rand(2, len(x), 1, 1, 1, generator=g) - .2
+    brightness, contrast = (.4*torch.rand(2, len(x), 1, 1, 1, generator=g) - .2).to(x.device)
     x = ((x - .5)*(1 + contrast) + .5 + brightness).clamp_(0, 1)
     return F.interpolate(x, size=size, mode='bilinear', align_corners=False, antialias=True)
 
@@ -497,7 +498,7 @@ def photo_image_loss(
         g, rows = seeded(seed, 'photo', step), batch_indices(len(task), batch_size, step, seed)
         size = sizes[step * len(sizes) // steps]
         model.size = (size, size)
-        x, y = _augment(task.images[rows], size, g).to(device), labels[rows].to(device)
+        x, y = _augment(task.images[rows].to(device), size, g), labels[rows].to(device)
         sentences = torch.randint(len(known.captions), (classes,), generator=g)
         head = known.captions[sentences, torch.arange(classes)]
         with torch.autocast(device.type, torch.bfloat16):

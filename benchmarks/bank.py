@@ -16,6 +16,7 @@ from dataclasses import replace
 from study import add_sizes, arguments, compare, runs_of, save
 
 from agft.config import load_preset
+from agft.core import on_cluster
 
 METHODS = 'FARE', 'Soft', 'AGFT', 'TRADES-AGFT'
 
@@ -45,7 +46,8 @@ def main():
     for size in filter(None, a.sizes):
         changes = {'train.steps': 200, 'data.bank': a.bank, 'data.bank_size': size}
         variants += runs_of(recipe, 'AGFT', 1, None, f'AGFT, {size} sentences', **changes)
-    records = compare(recipe, variants, a.runs, a.images)
+    with on_cluster(a.scheduler):
+        records = compare(recipe, variants, a.runs, a.images, a.device)
     save(a, recipe, records, began, a.seeds, a.images)
 
 

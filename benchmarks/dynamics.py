@@ -13,7 +13,7 @@ from pathlib import Path
 from study import arguments, save
 
 from agft.config import load_preset, override
-from agft.core import open_run, parallel_map
+from agft.core import on_cluster, open_run, parallel_map
 from agft.data import tasks_of
 from agft.loop import Validation, fit, read_log
 from agft.train import prepare_run, validation_of
@@ -26,12 +26,12 @@ SOURCE_IMAGES, TASK_IMAGES = 100, 20
 def ignore(steps, found): pass
 
 
-def follow(recipe, name, folder:Path, every):
+def follow(recipe, name, folder:Path, every, device):
     "Train one run and measure it; the lines of its log."
     method, changes = RUNS[name]
     config = override(recipe.finetune(method), **changes, **{'train.validate_every': every,
                                                              'train.validate_images': SOURCE_IMAGES})
-    run = prepare_run(config, 'cpu')
+    run = prepare_run(config, device)
     student, teacher, _ = run.models
     watched = [run.validation, *tasks_of(config.data, recipe.data.zero_shot, TASK_IMAGES, 'val')]
     source, *others = [validation_of(student, teacher, task, config.attack, 128) for task in watched]
@@ -50,8 +50,9 @@ def main():
     p.add_argument('--every', type=int, default=10, help='steps between two measurements')
     a, began = p.parse_args(), time.time()
     recipe = load_preset(a.preset)
-    jobs = [(recipe, name, a.runs/'runs'/name.replace(' ', '_'), a.every) for name in RUNS]
-    lines = [line for found in parallel_map(follow, jobs, 'cpu', 'training') for line in found]
+    jobs = [(recipe, name, a.runs/'runs'/name.replace(' ', '_'), a.every, a.device) for name in RUNS]
+    with on_cluster(a.scheduler):
+        lines = [line for found in parallel_map(follow, jobs, a.device, 'training') for line in found]
     keep = 'method', 'step', 'loss', 'grad_norm', 'robust', *(f'validation_{k}' for k in (
         'clean', 'robust', 'margins', 'zero_shot_clean', 'zero_shot_robust'))
     rows = [{key: line.get(key) for key in keep} for line in lines]

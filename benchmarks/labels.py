@@ -16,6 +16,7 @@ from label_faults import long_tail, wrong_labels
 from study import Variant, add_sizes, arguments, compare, runs_of, save
 
 from agft.config import load_preset
+from agft.core import on_cluster
 
 READ_LABELS, NO_LABELS = ('TeCoA', 'PMG-AFT-mean'), ('AGFT', 'Soft', 'FARE')
 
@@ -39,7 +40,8 @@ def main():
                 name, whole = f'{method}, {condition}', {'train.images': None}
                 runs = runs_of(recipe, method, a.seeds, None, name, **whole)
                 variants += [Variant(run.name, run.config, None, make) for run in runs]
-    records = compare(recipe, variants, a.runs, a.images)
+    with on_cluster(a.scheduler):
+        records = compare(recipe, variants, a.runs, a.images, a.device)
     save(a, recipe, records, began, a.seeds, a.images)
 
 

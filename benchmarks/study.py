@@ -10,7 +10,7 @@ from typing import NamedTuple
 from agft import __version__
 from agft.bench import describe, evaluate_all, records_of, test_tasks
 from agft.config import EvalConfig, FinetuneConfig, Recipe, as_dict, override
-from agft.core import parallel_map
+from agft.core import parallel_map, pick_device
 from agft.diagnostics import Trained
 from agft.report import machine
 from agft.results import Results, table
@@ -26,9 +26,9 @@ class Variant(NamedTuple):
     make:Callable|None = None # makes the source task; None: that of the configuration
 
 
-def train(variant, folder):
+def train(variant, folder, device):
     "One run, trained or found trained; a process of its own can do it."
-    finetune(variant.config, folder, 'cpu', task=variant.make and variant.make())
+    finetune(variant.config, folder, device, task=variant.make and variant.make())
     return str(folder/'model.safetensors')
 
 
@@ -40,18 +40,18 @@ def runs_of(recipe:Recipe, method:str, seeds:int, bench:Path|None, name='', **ch
         yield Variant(name or method, config, folder)
 
 
-def compare(recipe:Recipe, variants:list[Variant], out:Path, images:int):
+def compare(recipe:Recipe, variants:list[Variant], out:Path, images:int, device:str):
     "Train and evaluate; records of the source task and of the zero-shot mean, one row a name."
     jobs = []
     for variant in variants:
         own = out/'runs'/f'{variant.name}-{variant.config.seed}'.replace(' ', '_').replace('/', '_')
-        jobs.append((variant, variant.folder or own))
-    sources = parallel_map(train, jobs, 'cpu', 'training')
+        jobs.append((variant, variant.folder or own, device))
+    sources = parallel_map(train, jobs, device, 'training')
     models = [Trained(variant.name, variant.config.seed, source)
               for variant, source in zip(variants, sources, strict=True)]
     models.insert(0, Trained('CLIP', recipe.seed, recipe.model.name))
     eval = EvalConfig(recipe.eval.attacks[:1], recipe.eval.eps[:1], recipe.eval.norm, images)
-    runs = evaluate_all(recipe, models, test_tasks(recipe, images), eval, out/'flags', 'cpu')
+    runs = evaluate_all(recipe, models, test_tasks(recipe, images), eval, out/'flags', device)
     return records_of(runs, eval, recipe.data.source, only='brief', first_seed=recipe.seed)
 
 
@@ -61,6 +61,8 @@ def arguments(doc:str|None, out:str):
     p.add_argument('--preset', default='tiny')
     p.add_argument('--runs', type=Path, default=Path('runs')/Path(out).stem, help='directory of the runs')
     p.add_argument('--out', default=out)
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--scheduler', default='', help='tcp://HOST:PORT of a Dask cluster that does the work')
     return p
 
 
@@ -76,7 +78,7 @@ def save(a, recipe:Recipe, records, began:float, seeds:int, images:int, **tables
     about = dict(
         command=shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]]),
         version=__version__,
-        machine=machine('cpu'),
+        machine=machine(pick_device(a.device)),
         seeds=seeds,
         threats=describe(threats_of(recipe.eval)[:1], tasks),
         training_seconds=training_seconds(a.runs),

@@ -1,6 +1,5 @@
 "The benchmark: every part of it, killed and continued, and numbers that are recounted from the flags."
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from agft import diagnostics
 from agft.bench_report import bench_page
 from agft.cli import main
 from agft.config import as_dict, load_preset, override
-from agft.evaluation import read_flags
+from agft.evaluation import Flags, read_flags
 from agft.results import MEAN, Results
 from agft.search import _rates, search_all
 from agft.threats import threats_of
@@ -146,7 +145,9 @@ def test_a_preset_without_a_protocol_is_refused(tmp_path, capsys):
 
 
 def test_tasks_that_the_original_cannot_do_count_in_no_mean():
-    def task(clean, chance): return SimpleNamespace(clean=np.array([clean]), chance=chance)
+    def task(clean, chance):
+        known, unused = np.arange(100) < 100*clean, np.zeros(100)
+        return Flags(known, known, unused, unused, unused, np.array(chance))
     original = dict(source=task(.1, .1), ten=task(.29, .1), ten_more=task(.31, .1), three=task(.97, 1/3),
                     two=task(.74, .5), two_more=task(.76, .5))
     assert module.too_hard(original, 'source') == ['ten', 'two']
