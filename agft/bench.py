@@ -330,7 +330,8 @@ def bench(
     inputs = dict(teacher=fingerprint(original), plugins=file_digests(recipe.plugins),
                   tasks={task.name: task.digest() for task in parts.tasks(protocol.images)})
     config = recorded(recipe)
-    run = dict(command='bench', version=__version__, config=config, search=search, inputs=inputs)
+    run = dict(command='bench', version=__version__, config=config, search=search, inputs=inputs,
+               device=pick_device(device).type)
     with open_run(out, run):
         results = _run_bench(parts, search)
         results.about = dict(

@@ -11,6 +11,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
@@ -151,7 +152,10 @@ class ZeroShotCLIP(nn.Module):
     )->Tensor:              # (B,D), float32
         "Encode images; the embeddings are not normalised."
         half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.precision)
-        with torch.autocast(self.device.type, half, enabled=half is not None):
+        if not torch.compiler.is_compiling():  # settings of the process, which the backward pass reads too
+            torch.set_float32_matmul_precision('high' if self.precision == 'tf32' else 'highest')
+            torch.backends.cudnn.allow_tf32 = self.precision == 'tf32'  # by default convolutions use it
+        with torch.autocast(self.device.type, half) if half else nullcontext():
             return _check_embeddings(self.model.encode_image(self.normalise(x)), len(x))
 
     def encode_image(self,

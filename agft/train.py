@@ -509,7 +509,6 @@ def _student_of(
     "A copy of the teacher in which the parameters of the adapter require gradients."
     train = config.train
     teacher.precision = train.precision
-    torch.set_float32_matmul_precision('high' if train.precision == 'tf32' else 'highest')
     student = copy_model(teacher.requires_grad_(False).eval())
     visual:Any = student.visual
     if train.checkpoint_activations:

@@ -177,6 +177,7 @@ def compare(a, method, rounds, **changes):
         pipes[side], theirs = context.Pipe()
         workers.append(context.Process(target=serve, args=(theirs, side, a, method, changes), daemon=True))
         workers[-1].start()
+        theirs.close()  # so that the end of the process is seen
     sizes = {side: pipe.recv() for side, pipe in pipes.items()}
     rates = {side: [] for side in SIDES}
     for r in range(rounds + 1):  # round 0 warms up
@@ -206,7 +207,8 @@ def row(rates, peaks, **names):
     return numbers
 
 
-_COMPUTE = 'conv', 'mm', 'linear', 'gemm', 'attention', 'cudnn', 'cutlass', 'wgrad', 'dgrad'
+_COMPUTE = ('conv', 'mm', 'linear', 'gemm', 'attention', 'cudnn', 'cutlass', 'wgrad', 'dgrad', 'nvjet', 'flash',
+            'fmha', 'xmma', 'cublas')
 
 
 def kernels(a, method):
