@@ -207,8 +207,8 @@ def row(rates, peaks, **names):
     return numbers
 
 
-_COMPUTE = ('conv', 'mm', 'linear', 'gemm', 'attention', 'cudnn', 'cutlass', 'wgrad', 'dgrad', 'nvjet', 'flash',
-            'fmha', 'xmma', 'cublas')
+_COMPUTE = ('conv', 'mm', 'linear', 'gemm', 'attention', 'cudnn', 'cutlass', 'wgrad', 'dgrad', 'nvjet',
+            'flash', 'fmha', 'xmma', 'cublas')
 
 
 def kernels(a, method):
