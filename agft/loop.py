@@ -60,9 +60,9 @@ def _optimizer(
     matrices = [p for p in params if p.ndim > 1]
     vectors = [p for p in params if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=optim.weight_decay), dict(params=vectors, weight_decay=0.)]
+    if optim.optimizer == 'sgd':  # never fused: its momentum would take up gradients that have overflowed
+        return torch.optim.SGD(groups, lr=0., momentum=optim.momentum)
     fused = True if params[0].is_cuda else None  # one kernel for all parameters
-    if optim.optimizer == 'sgd':
-        return torch.optim.SGD(groups, lr=0., momentum=optim.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=0., betas=optim.betas, fused=fused)
 
 class Stepper:

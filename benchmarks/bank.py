@@ -47,8 +47,8 @@ def main():
         changes = {'train.steps': 200, 'data.bank': a.bank, 'data.bank_size': size}
         variants += runs_of(recipe, 'AGFT', 1, None, f'AGFT, {size} sentences', **changes)
     with on_cluster(a.scheduler):
-        records = compare(recipe, variants, a.runs, a.images, a.device)
-    save(a, recipe, records, began, a.seeds, a.images)
+        records, diverged = compare(recipe, variants, a.runs, a.images, a.device)
+    save(a, recipe, records, began, a.seeds, a.images, diverged=diverged)
 
 
 if __name__ == '__main__':

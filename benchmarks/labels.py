@@ -5,8 +5,8 @@
 TeCoA and PMG-AFT-mean read the labels. AGFT, Soft and FARE do not: wrong labels, or none, leave their runs
 as they are with clean ones, so these runs are not repeated. With a long tail the largest class has 50 times
 as many images as the smallest one, and there are as many images as before. Settings are those that the
-benchmark chose with clean labels; with --bench its runs are used again. Interrupted, the same command goes
-on.
+benchmark chose with clean labels; with --bench its runs are used again. With --lr only the methods that read
+labels are trained, on wrong labels, at this learning rate. Interrupted, the same command goes on.
 """
 import time
 from functools import partial
@@ -25,24 +25,30 @@ def main():
     p = arguments(__doc__, 'results/labels_tiny.json')
     add_sizes(p)
     p.add_argument('--bench', type=Path, help='directory of `agft bench`, whose runs are used again')
+    p.add_argument('--lr', type=float, help='learning rate for wrong labels; nothing else is trained')
     a, began = p.parse_args(), time.time()
     recipe = load_preset(a.preset)
     source, n = recipe.data.source, recipe.train.images or 8000
     makers = {'20 % wrong': partial(wrong_labels, source, n, .2),
               '40 % wrong': partial(wrong_labels, source, n, .4),
               'long tail': partial(long_tail, source, n)}
+    whole = {'train.images': None}
+    if a.lr:
+        del makers['long tail']
+        whole |= {'method.lr': a.lr}
     variants = []
-    for method in READ_LABELS + NO_LABELS:
-        variants += runs_of(recipe, method, a.seeds, a.bench, f'{method}, clean labels')
-        variants += runs_of(recipe, method, a.seeds, None, f'{method}, a tenth', **{'train.images': n//10})
+    for method in READ_LABELS if a.lr else READ_LABELS + NO_LABELS:
+        if not a.lr:
+            few = {'train.images': n//10}
+            variants += runs_of(recipe, method, a.seeds, a.bench, f'{method}, clean labels')
+            variants += runs_of(recipe, method, a.seeds, None, f'{method}, a tenth', **few)
         for condition, make in makers.items():
             if method in READ_LABELS or condition == 'long tail':
-                name, whole = f'{method}, {condition}', {'train.images': None}
-                runs = runs_of(recipe, method, a.seeds, None, name, **whole)
+                runs = runs_of(recipe, method, a.seeds, None, f'{method}, {condition}', **whole)
                 variants += [Variant(run.name, run.config, None, make) for run in runs]
     with on_cluster(a.scheduler):
-        records = compare(recipe, variants, a.runs, a.images, a.device)
-    save(a, recipe, records, began, a.seeds, a.images)
+        records, diverged = compare(recipe, variants, a.runs, a.images, a.device)
+    save(a, recipe, records, began, a.seeds, a.images, diverged=diverged)
 
 
 if __name__ == '__main__':

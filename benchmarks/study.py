@@ -10,7 +10,7 @@ from typing import NamedTuple
 from agft import __version__
 from agft.bench import describe, evaluate_all, records_of, test_tasks
 from agft.config import EvalConfig, FinetuneConfig, Recipe, as_dict, override
-from agft.core import parallel_map, pick_device
+from agft.core import NotFinite, parallel_map, pick_device
 from agft.diagnostics import Trained
 from agft.report import machine
 from agft.results import Results, table
@@ -27,9 +27,12 @@ class Variant(NamedTuple):
 
 
 def train(variant, folder, device):
-    "One run, trained or found trained; a process of its own can do it."
-    finetune(variant.config, folder, device, task=variant.make and variant.make())
-    return str(folder/'model.safetensors')
+    "One run, trained or found trained: its weights, or why it diverged. A process of its own can do it."
+    try:
+        finetune(variant.config, folder, device, task=variant.make and variant.make())
+    except NotFinite as e:
+        return None, str(e)
+    return str(folder/'model.safetensors'), ''
 
 
 def runs_of(recipe:Recipe, method:str, seeds:int, bench:Path|None, name='', **changes):
@@ -41,18 +44,20 @@ def runs_of(recipe:Recipe, method:str, seeds:int, bench:Path|None, name='', **ch
 
 
 def compare(recipe:Recipe, variants:list[Variant], out:Path, images:int, device:str):
-    "Train and evaluate; records of the source task and of the zero-shot mean, one row a name."
+    "Train and evaluate; records of the source task and of the zero-shot mean, one row a name; runs that diverged."
     jobs = []
     for variant in variants:
         own = out/'runs'/f'{variant.name}-{variant.config.seed}'.replace(' ', '_').replace('/', '_')
         jobs.append((variant, variant.folder or own, device))
-    sources = parallel_map(train, jobs, device, 'training')
-    models = [Trained(variant.name, variant.config.seed, source)
-              for variant, source in zip(variants, sources, strict=True)]
-    models.insert(0, Trained('CLIP', recipe.seed, recipe.model.name))
+    models, diverged = [Trained('CLIP', recipe.seed, recipe.model.name)], []
+    for variant, (source, why) in zip(variants, parallel_map(train, jobs, device, 'training'), strict=True):
+        if source:
+            models.append(Trained(variant.name, variant.config.seed, source))
+        else:
+            diverged.append(dict(method=variant.name, seed=variant.config.seed, why=why))
     eval = EvalConfig(recipe.eval.attacks[:1], recipe.eval.eps[:1], recipe.eval.norm, images)
     runs = evaluate_all(recipe, models, test_tasks(recipe, images), eval, out/'flags', device)
-    return records_of(runs, eval, recipe.data.source, only='brief', first_seed=recipe.seed)
+    return records_of(runs, eval, recipe.data.source, only='brief', first_seed=recipe.seed), diverged
 
 
 def arguments(doc:str|None, out:str):
@@ -83,6 +88,6 @@ def save(a, recipe:Recipe, records, began:float, seeds:int, images:int, **tables
         threats=describe(threats_of(recipe.eval)[:1], tasks),
         training_seconds=training_seconds(a.runs),
         seconds=round(time.time() - began, 1))
-    found = {name: table(rows) for name, rows in tables.items()}
+    found = {name: table(rows) for name, rows in tables.items() if rows}
     Results.from_records(records, about=about, config=as_dict(recipe), tables=found).save(a.out)
     print(a.out)

@@ -189,6 +189,22 @@ def test_scaled_gradients_are_those_without_a_scale(tmp_path):
     assert load_tensors(tmp_path/'scaled'/'state.pt')['scaler']['scale'] > 1
 
 
+GPU = pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU'))
+
+@pytest.mark.parametrize('device', ['cpu', GPU])
+@pytest.mark.parametrize('optimizer', ['sgd', 'adamw'])
+def test_a_step_that_overflows_leaves_no_trace(optimizer, device):
+    "PyTorch's fused SGD takes the gradient into its momentum."
+    weights = []
+    for steps in ((1, 2, 3), (0, 1, 2, 3)):
+        net, _ = line()
+        stepper = Stepper(net.to(device), OptimConfig(steps=4, optimizer=optimizer), .1, half=True)
+        for step in steps:
+            stepper(step, lambda step: (net.weight.sum()*(1e38 if step == 0 else 1.), {}))
+        weights.append(net.weight.item())
+    assert weights[0] == weights[1] < 1
+
+
 def transformer():
     "A small vision transformer of open_clip with random weights."
     import open_clip
