@@ -44,7 +44,7 @@ def runs_of(recipe:Recipe, method:str, seeds:int, bench:Path|None, name='', **ch
 
 
 def compare(recipe:Recipe, variants:list[Variant], out:Path, images:int, device:str):
-    "Train and evaluate; records of the source task and of the zero-shot mean, one row a name; runs that diverged."
+    "Train and evaluate: records of the source task and the zero-shot mean, and the runs that diverged."
     jobs = []
     for variant in variants:
         own = out/'runs'/f'{variant.name}-{variant.config.seed}'.replace(' ', '_').replace('/', '_')
