@@ -38,7 +38,7 @@ from agft.core import (
     read_json,
     whole_file,
 )
-from .model import ZeroShotCLIP, add_learned_input
+from .model import RESIZE, ZeroShotCLIP, add_learned_input
 
 # %% auto #0
 __all__ = ['SMALL', 'read_weights', 'transformers_state', 'read_notes', 'checkpoint_info', 'new_model', 'load_model',
@@ -514,6 +514,18 @@ def _take_learned_inputs(
             found[key.removeprefix('prompts.')] = state.pop(key)
     return found
 
+_HUBS = 'hf-hub:', 'local-dir:'  # beginnings of names that bring their own weights; there @ names a revision
+
+def _own_resize(
+    name:str,           # of the architecture
+    network:Any,        # the open_clip model
+    notes:dict,         # beside the weights
+)->str:                 # key of `RESIZE`
+    "How the files of a model say that images are resized; bilinear where they do not say it."
+    stored = open_clip.get_model_preprocess_cfg(network) if name.startswith(_HUBS) else {}
+    found = notes.get('resize', stored.get('interpolation'))
+    return found if found in RESIZE else 'bilinear'
+
 def new_model(
     name:str,                   # architecture that open_clip knows, or one of `SMALL`
     weights:str|Path|None=None, # open_clip tag or file; None leaves random weights
@@ -543,14 +555,12 @@ def new_model(
             _fill(network, state)
         tokenizer = _tokenizer(name)
     network.visual.to(memory_format=torch.channels_last)  # about 1.5 times faster on a CPU for convolutions
-    model = ZeroShotCLIP(network, tokenizer, name, resize or notes.get('resize', 'bilinear'))
+    model = ZeroShotCLIP(network, tokenizer, name, resize or _own_resize(name, network, notes))
     for kind, value in learned.items():
         add_learned_input(model, kind, value)
     return model.requires_grad_(False).eval()
 
 # %% ../nbs/07_weights.ipynb #6da3e935
-_HUBS = 'hf-hub:', 'local-dir:'  # beginnings of names that bring their own weights; there @ names a revision
-
 def _split_source(
     source:str,        # NAME, FILE, NAME@WEIGHTS or NAME@WEIGHTS@VISUAL
 )->list[str]:          # one to three parts

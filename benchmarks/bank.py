@@ -4,11 +4,10 @@
     python benchmarks/bank.py --preset photo --source tinyimagenet --bank clip-names --steps 400 --sizes 0 \\
            --out results/bank_photo.json --runs runs/bank_photo
 
-The images are those of `source-narrow`, whose prompts name colour and shape. Every method that reads prompts
-and no labels is trained with these prompts and with a bank of 1,000 captions, for 1, 4 and 8 times 50 steps;
-FARE reads no prompts. AGFT is also trained with banks of 30 to 10,000 sentences for 200 steps, seed 0. Of
-several lengths the longest has one seed. Settings are those of the preset. Interrupted, the same command
-goes on.
+The images are those of `source-narrow`, whose prompts name colour and shape. AGFT and Soft are trained with
+these prompts and with a bank of 1,000 captions, for 1, 4 and 8 times 50 steps; FARE reads no prompts. AGFT is
+also trained with banks of 30 to 10,000 sentences for 200 steps, seed 0. Of several lengths the longest has one
+seed. Settings are those of the preset. Interrupted, the same command goes on.
 """
 import time
 from dataclasses import replace
@@ -18,7 +17,7 @@ from study import add_sizes, arguments, compare, runs_of, save
 from agft.config import load_preset
 from agft.core import on_cluster
 
-METHODS = 'FARE', 'Soft', 'AGFT', 'TRADES-AGFT'
+METHODS = 'FARE', 'Soft', 'AGFT'
 
 
 def numbers(text): return [int(word) for word in text.split(',')]
@@ -38,7 +37,7 @@ def main():
     variants = []
     for steps in a.steps:
         seeds = 1 if len(a.steps) > 1 and steps == a.steps[-1] else a.seeds
-        for method in filter(recipe.methods.get, METHODS):
+        for method in METHODS:
             for bank in (None,) if method == 'FARE' else (None, a.bank):
                 name = f'{method}, {"bank" if bank else "prompts"}, {steps} steps'
                 changes = {'train.steps': steps, 'data.bank': bank}

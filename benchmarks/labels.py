@@ -5,8 +5,8 @@
 TeCoA and PMG-AFT-mean read the labels. AGFT, Soft and FARE do not: wrong labels, or none, leave their runs
 as they are with clean ones, so these runs are not repeated. With a long tail the largest class has 50 times
 as many images as the smallest one, and there are as many images as before. Settings are those that the
-benchmark chose with clean labels; with --bench its runs are used again. With --lr only the methods that read
-labels are trained, on wrong labels, at this learning rate. Interrupted, the same command goes on.
+benchmark chose with clean labels; with --bench its runs are used again. With --lr only TeCoA is trained, on
+wrong labels, at this learning rate. Interrupted, the same command goes on.
 """
 import time
 from functools import partial
@@ -25,7 +25,7 @@ def main():
     p = arguments(__doc__, 'results/labels_tiny.json')
     add_sizes(p)
     p.add_argument('--bench', type=Path, help='directory of `agft bench`, whose runs are used again')
-    p.add_argument('--lr', type=float, help='learning rate for wrong labels; nothing else is trained')
+    p.add_argument('--lr', type=float, help='learning rate of TeCoA on wrong labels; nothing else is trained')
     a, began = p.parse_args(), time.time()
     recipe = load_preset(a.preset)
     source, n = recipe.data.source, recipe.train.images or 8000
@@ -37,7 +37,7 @@ def main():
         del makers['long tail']
         whole |= {'method.lr': a.lr}
     variants = []
-    for method in READ_LABELS if a.lr else READ_LABELS + NO_LABELS:
+    for method in ('TeCoA',) if a.lr else READ_LABELS + NO_LABELS:
         if not a.lr:
             few = {'train.images': n//10}
             variants += runs_of(recipe, method, a.seeds, a.bench, f'{method}, clean labels')

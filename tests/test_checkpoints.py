@@ -344,11 +344,16 @@ def test_what_the_hub_cannot_hold_is_refused(tmp_path):
 
 def test_a_model_from_a_hub_is_tuned_and_comes_back_tuned(tmp_path):
     "open_clip ignores weights beside such a name; the checkpoint's must win."
-    save_model(make_model('agft-test'), tmp_path/'m.safetensors')
+    base = make_model('agft-test')
+    base.resize = 'bicubic'
+    save_model(base, tmp_path/'m.safetensors')
     hub.export_folder(tmp_path/'m.safetensors', tmp_path/'base', repo_id='me/x', licence='mit')
     model = load_model(f'local-dir:{tmp_path/"base"}')
+    assert model.resize == 'bicubic'
     model.model.visual.proj += .1
+    model.resize = 'bilinear'
     save_model(model, tmp_path/'tuned.safetensors')
+    assert load_model(tmp_path/'tuned.safetensors').resize == 'bilinear'
     assert fingerprint(load_model(tmp_path/'tuned.safetensors')) == fingerprint(model)
 
 

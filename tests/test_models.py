@@ -68,3 +68,7 @@ def test_the_demonstration_quotes_the_stored_results():
     for method in recipe.demo:
         row = means.loc[method]
         assert f'{method} {percent(row.clean)} / {percent(row.robust)}' in recipe.demo_note
+    for file, run in (('labels_lower_rate', 'TeCoA, 40 % wrong'), ('labels', 'AGFT, clean labels')):
+        found = Results.load(ROOT/f'results/{file}_tiny.json').select(task=MEAN).final().set_index('method')
+        row = found.loc[run]
+        assert f'{percent(row.clean)} / {percent(row.robust)}' in recipe.demo_note
