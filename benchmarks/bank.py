@@ -6,8 +6,8 @@
 
 The images are those of `source-narrow`, whose prompts name colour and shape. AGFT and Soft are trained with
 these prompts and with a bank of 1,000 captions, for 1, 4 and 8 times 50 steps; FARE reads no prompts. AGFT is
-also trained with banks of 30 to 10,000 sentences for 200 steps, seed 0. Of several lengths the longest has one
-seed. Settings are those of the preset. Interrupted, the same command goes on.
+also trained with banks of 30 to 10,000 sentences for 200 steps, seed 0. Of several lengths the longest has
+one seed. Settings are those of the preset. Interrupted, the same command goes on.
 """
 import time
 from dataclasses import replace
