@@ -7,7 +7,7 @@ import torch
 from agft.core import seeded
 from agft.data import Task, load_task
 
-IMBALANCE = 50  # images of the largest class for each image of the smallest one
+IMBALANCE = 50  # size of the largest class over that of the smallest one, before both are rounded
 
 
 def training_images(source:str, n:int)->Task: return load_task(source, n, split='train')

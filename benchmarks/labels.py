@@ -1,10 +1,10 @@
-"""Where labels fail: broad images with wrong labels, a long tail of classes, or a tenth of the images.
+"""Wrong, rare and few labels: images with wrong labels, a long tail of classes, or a tenth of the images.
 
     python benchmarks/labels.py [--preset tiny] [--bench runs/bench] [--out results/labels_tiny.json]
 
 TeCoA and PMG-AFT-mean read the labels. AGFT, Soft and FARE do not: wrong labels, or none, leave their runs
-as they are with clean ones, so these runs are not repeated. With a long tail the largest class has 50 times
-as many images as the smallest one, and there are as many images as before. Settings are those that the
+as they are with clean ones, so these runs are not repeated. With a long tail the sizes of the classes fall
+geometrically, by a factor of 50 before they are rounded, to at least one image. Settings are those that the
 benchmark chose with clean labels; with --bench its runs are used again. With --lr only TeCoA is trained, on
 wrong labels, at this learning rate. Interrupted, the same command goes on.
 """
