@@ -260,7 +260,7 @@ def _stronger_than_noise(
     attacked:Curve,  # of `_curve_over_eps`
     draws:int,       # of noise; an image counts as misclassified if one draw suffices
 )->Verdict:
-    "Noise may change more images than the attack at no radius, and must change fewer over all radii."
+    "Noise must not change more images than the attack at any radius, and must change fewer over all radii."
     generator, n, at = seeded(case.seed, 'audit', 'noise'), len(case.y), attacked.at
     correct = [_correct_under_noise(case, eps, draws, generator) for eps in at]
     noise = Curve(at, correct, attacked.ticks, attacked.xlabel)

@@ -6,8 +6,8 @@
 
 The images are those of `source-narrow`, whose prompts name colour and shape. AGFT and Soft are trained with
 these prompts and with a bank of 1,000 captions, for 1, 4 and 8 times 50 steps; FARE reads no prompts. AGFT is
-also trained with banks of 30 to 10,000 sentences for 200 steps, seed 0. Of several lengths the longest has
-one seed. Settings are those of the preset. Interrupted, the same command goes on.
+also trained with banks of 30 to 10,000 sentences for 200 steps, seed 0. Settings are those of the preset.
+Interrupted, the same command goes on.
 """
 import time
 from dataclasses import replace
@@ -36,12 +36,11 @@ def main():
     recipe = replace(recipe, data=replace(recipe.data, source=a.source))
     variants = []
     for steps in a.steps:
-        seeds = 1 if len(a.steps) > 1 and steps == a.steps[-1] else a.seeds
         for method in METHODS:
             for bank in (None,) if method == 'FARE' else (None, a.bank):
                 name = f'{method}, {"bank" if bank else "prompts"}, {steps} steps'
                 changes = {'train.steps': steps, 'data.bank': bank}
-                variants += runs_of(recipe, method, seeds, None, name, **changes)
+                variants += runs_of(recipe, method, a.seeds, None, name, **changes)
     for size in filter(None, a.sizes):
         changes = {'train.steps': 200, 'data.bank': a.bank, 'data.bank_size': size}
         variants += runs_of(recipe, 'AGFT', 1, None, f'AGFT, {size} sentences', **changes)
