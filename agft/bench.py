@@ -228,7 +228,7 @@ def quick(
                     weights=weights, calibration=calibration)
     return replace(recipe, bench=short, data=replace(recipe.data, zero_shot=recipe.data.zero_shot[:3]),
                    train=replace(recipe.train, images=512, steps=6, batch_size=64),
-                   search=replace(recipe.search, images=16))
+                   search=replace(recipe.search, images=16, trials=2))
 
 class _Bench:
     "The parts of one benchmark run."
