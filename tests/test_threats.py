@@ -26,7 +26,7 @@ def test_robust_is_below_clean_and_falls_with_the_radius(name, tmp_path):
     "Image by image: what is robust is correct clean, and was robust in every smaller ball."
     if THREATS[name].counts == 'adversarial':
         pytest.skip('counts the adversarial image alone')
-    task = load_task('letters', 10)
+    task = load_task('letters', 6)
     radii = (0, 1/255, 4/255) if THREATS[name].steps else (0,)
     threats = [threat(name, eps) for eps in radii]
     found = evaluate_threats(load_model('agft-tiny'), [task], tmp_path, threats)
