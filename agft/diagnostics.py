@@ -180,7 +180,7 @@ def embedding_rows(
 
 # %% ../nbs/20_diagnostics.ipynb #9fd1860d
 def _timed_step(loss_fn:Callable, step:int, device:torch.device)->tuple[float, float|None]:
-    "Seconds, and MiB that it adds at most to what is allocated (on a GPU), of one forward and backward pass."
+    "Seconds of one forward and backward pass and, on a GPU, the largest memory that it adds, MiB."
     on_gpu, before = device.type == 'cuda', 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)

@@ -12,10 +12,9 @@ Interrupted, the same command goes on.
 import time
 from dataclasses import replace
 
-from study import add_sizes, arguments, compare, runs_of, save
+from study import add_sizes, arguments, runs_of, study
 
 from agft.config import load_preset
-from agft.core import on_cluster
 
 METHODS = 'FARE', 'Soft', 'AGFT'
 
@@ -44,9 +43,7 @@ def main():
     for size in filter(None, a.sizes):
         changes = {'train.steps': 200, 'data.bank': a.bank, 'data.bank_size': size}
         variants += runs_of(recipe, 'AGFT', 1, None, f'AGFT, {size} sentences', **changes)
-    with on_cluster(a.scheduler):
-        records, diverged = compare(recipe, variants, a.runs, a.images, a.device)
-    save(a, recipe, records, began, a.seeds, a.images, diverged=diverged)
+    study(a, recipe, variants, began)
 
 
 if __name__ == '__main__':

@@ -13,10 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from label_faults import long_tail, wrong_labels
-from study import Variant, add_sizes, arguments, compare, runs_of, save
+from study import Variant, add_sizes, arguments, runs_of, study
 
 from agft.config import load_preset
-from agft.core import on_cluster
 
 READ_LABELS, NO_LABELS = ('TeCoA', 'PMG-AFT-mean'), ('AGFT', 'Soft', 'FARE')
 
@@ -46,9 +45,7 @@ def main():
             if method in READ_LABELS or condition == 'long tail':
                 runs = runs_of(recipe, method, a.seeds, None, f'{method}, {condition}', **whole)
                 variants += [Variant(run.name, run.config, None, make) for run in runs]
-    with on_cluster(a.scheduler):
-        records, diverged = compare(recipe, variants, a.runs, a.images, a.device)
-    save(a, recipe, records, began, a.seeds, a.images, diverged=diverged)
+    study(a, recipe, variants, began)
 
 
 if __name__ == '__main__':

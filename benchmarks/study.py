@@ -10,7 +10,7 @@ from typing import NamedTuple
 from agft import __version__
 from agft.bench import describe, evaluate_all, records_of, test_tasks
 from agft.config import EvalConfig, FinetuneConfig, Recipe, as_dict, override
-from agft.core import NotFinite, parallel_map, pick_device
+from agft.core import NotFinite, on_cluster, parallel_map, pick_device
 from agft.diagnostics import Trained
 from agft.report import machine
 from agft.results import Results, table
@@ -41,6 +41,13 @@ def runs_of(recipe:Recipe, method:str, seeds:int, bench:Path|None, name='', **ch
         config = override(recipe.finetune(method, seed), **changes)
         folder = run_dir(bench, config.method, seed) if bench and not changes else None
         yield Variant(name or method, config, folder)
+
+
+def study(a, recipe:Recipe, variants:list[Variant], began:float):
+    "Train, evaluate and write: the source task and the zero-shot mean, and the runs that diverged."
+    with on_cluster(a.scheduler):
+        records, diverged = compare(recipe, variants, a.runs, a.images, a.device)
+    save(a, recipe, records, began, a.seeds, a.images, diverged=diverged)
 
 
 def compare(recipe:Recipe, variants:list[Variant], out:Path, images:int, device:str):
