@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from .core import AgftError, check, check_known, file_digests, read_json, whole_file, write_json
 from .model import ZeroShotCLIP
 from .results import Results, by_task, markdown
-from .weights import SMALL, checkpoint_info, load_model, transformers_state
+from .weights import VOCABULARIES, checkpoint_info, load_model, transformers_state
 
 # %% auto #0
 __all__ = ['FORMATS', 'model_card', 'export_folder', 'push_to_hub', 'export']
@@ -47,7 +47,7 @@ def _own_vocabulary(
     "Whether the vocabulary of a model is another one than open_clip's."
     text = _config(name).get('text_cfg', {})
     own_file = 'bpe_path' in (text.get('tokenizer_kwargs') or {})
-    return name in SMALL or bool(text.get('hf_tokenizer_name')) or own_file
+    return name in VOCABULARIES or bool(text.get('hf_tokenizer_name')) or own_file
 
 def _own_encoder(
     name:str,         # architecture

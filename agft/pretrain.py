@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from .data import Task, archives_dir, batch_indices, load_task
 from .loop import fit, read_log
 from .model import ZeroShotCLIP
 from .report import machine
+from .train import Reader
 from .weights import new_model, save_model
 from .world import FIELDS, Attributes, caption, draw, sample
 
@@ -218,6 +219,34 @@ def _kinds_of_captions(
     kinds = [['glyph', 'colour'], *([field] for field in FIELDS)]
     return [*kinds, part] if len(part) > 1 else kinds
 
+class _Drawn(NamedTuple):
+    "The images of a step, and their captions of every kind."
+    images:Tensor       # (B,3,32,32) uint8
+    tokens:Tensor       # (T,n) token ids of all captions
+    groups:list[tuple[_Groups, int]] # of each kind, and the number of its first caption
+
+@dataclass(frozen=True)
+class _Drawings:
+    "The batches by the number of their step, so that other processes can draw them."
+    tokenizer:Callable  # texts -> token ids (T,L)
+    batch_size:int
+    seed:int
+
+    def __getitem__(self, step:int)->_Drawn:
+        "Draw a batch."
+        g = seeded(self.seed, 'pretrain', step)
+        attributes = sample(self.batch_size, g)
+        images, groups, texts = draw(attributes, g), [], []
+        for fields in _kinds_of_captions(g):
+            found = _group(attributes, fields)
+            if not len(found.images):
+                continue
+            groups.append((found, len(texts)))
+            texts += caption(attributes.select(found.example), g, fields)
+        return _Drawn(images, _trim(self.tokenizer(texts)), groups)
+
+_DRAWING = 10           # processes that draw for a GPU, which is faster than one that draws
+
 def world_image_loss(
     model:ZeroShotCLIP,     # its image encoder and logit scale learn; the text encoder is frozen
     batch_size:int=256,     # images a step
@@ -225,18 +254,11 @@ def world_image_loss(
 )->Callable:                # `loss_fn` for `fit`
     "The contrastive loss on newly drawn images, averaged over the kinds of captions."
     device, (clip, tokenizer) = model.device, _parts(model)
+    read = Reader(_Drawings(tokenizer, batch_size, seed), _DRAWING if device.type == 'cuda' else 0, device)
     model.visual.train()
     def loss_fn(step:int):
-        g = seeded(seed, 'pretrain', step)
-        attributes = sample(batch_size, g)
-        x, groups, texts = draw(attributes, g).to(device) / 255, [], []
-        for fields in _kinds_of_captions(g):
-            found = _group(attributes, fields)
-            if not len(found.images):
-                continue
-            groups.append((found, len(texts)))
-            texts += caption(attributes.select(found.example), g, fields)
-        tokens = _trim(tokenizer(texts)).to(device)
+        images, tokens, groups = read(step)
+        x, tokens = images.to(device) / 255, tokens.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             z_image = model.encode_image(x)
             with torch.no_grad():
@@ -247,7 +269,7 @@ def world_image_loss(
             true = F.one_hot(found.group).to(device)
             z_captions = z_text[first:first + true.shape[1]]
             total = total + contrastive_loss(z_image[found.images], z_captions, true, logit_scale)
-        return total / len(groups), {'logit_scale': logit_scale.item(), 'captions': len(texts)}
+        return total / len(groups), {'logit_scale': logit_scale.item(), 'captions': len(tokens)}
     return loss_fn
 
 # %% ../nbs/23_pretrain.ipynb #9905ed0c
@@ -548,7 +570,7 @@ def _pretrain_world(
     out:Path,               # folder of the run
     seed:int,
 ):
-    "Both stages of agft-tiny: the text encoder, then the image encoder."
+    "Both stages of agft-tiny and agft-tiny-vit: the text encoder, then the image encoder."
     _set_logit_scale(model, config.logit_scale)
     text_loss = world_text_loss(model, config.text.batch_size, seed)
     _train_stage(model, _text_parameters(model), text_loss, out/'text', config.text, 'text encoder')
@@ -574,7 +596,7 @@ def _pretrain_photo(
     learns = list(model.visual.parameters())
     _train_stage(model, learns, image_loss, out/'image', config.image, 'image encoder')
 
-_MODELS = {'agft-tiny': _pretrain_world, 'agft-photo': _pretrain_photo}
+_MODELS = {'agft-tiny': _pretrain_world, 'agft-tiny-vit': _pretrain_world, 'agft-photo': _pretrain_photo}
 
 # %% ../nbs/23_pretrain.ipynb #054feb09
 def _archive(

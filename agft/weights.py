@@ -41,8 +41,8 @@ from agft.core import (
 from .model import RESIZE, ZeroShotCLIP, add_learned_input
 
 # %% auto #0
-__all__ = ['SMALL', 'read_weights', 'transformers_state', 'read_notes', 'checkpoint_info', 'new_model', 'load_model',
-           'save_model', 'load_weights', 'load_visual']
+__all__ = ['SMALL', 'VOCABULARIES', 'read_weights', 'transformers_state', 'read_notes', 'checkpoint_info', 'new_model',
+           'load_model', 'save_model', 'load_weights', 'load_visual']
 
 # %% ../nbs/07_weights.ipynb #a9c6b177
 import_torchvision()  # before open_clip, which imports it
@@ -437,6 +437,8 @@ def _check_gelu(
 # %% ../nbs/07_weights.ipynb #c8754c4b
 open_clip.add_model_config(package_file('configs', 'agft-tiny.json').parent)
 SMALL = ('agft-tiny', 'agft-photo')  # architectures of the package, with their weights in it
+# architectures with a vocabulary of the package, and the name of its file
+VOCABULARIES = {'agft-tiny': 'agft-tiny', 'agft-tiny-vit': 'agft-tiny', 'agft-photo': 'agft-photo'}
 
 def read_notes(
     path:str|Path,         # any file of weights
@@ -501,9 +503,9 @@ def _verify_folder(name:str):
 
 def _tokenizer(name:str)->Any:
     "open_clip's tokenizer; for a small model, with the vocabulary of the package."
-    if name not in SMALL:
+    if name not in VOCABULARIES:
         return open_clip.get_tokenizer(name)
-    return open_clip.get_tokenizer(name, bpe_path=str(asset(f'{name}.bpe.txt.gz')))
+    return open_clip.get_tokenizer(name, bpe_path=str(asset(f'{VOCABULARIES[name]}.bpe.txt.gz')))
 
 def _take_learned_inputs(
     state:dict[str, Any], # of a checkpoint; its learned inputs are removed

@@ -18,8 +18,9 @@ from agft.config import PretrainConfig, Recipe, build, load_preset, override
 from agft.core import AgftError, read_json, seeded, write_json
 from agft.evaluation import Flags
 from agft.model import add_learned_input, fingerprint
-from agft.pretrain import pretrain
+from agft.pretrain import _Drawings, pretrain
 from agft.results import Results, summarise
+from agft.train import Reader, finetune
 from agft.weights import load_model, new_model, save_model
 
 TEXTS = ['a red circle', 'two hearts', 'a letter g']
@@ -56,7 +57,7 @@ def test_presets_hold_the_settings_that_made_the_shipped_models(preset):
 def test_pretrain_refuses_what_it_cannot_do(tmp_path, monkeypatch):
     monkeypatch.setenv('AGFT_DATA', str(tmp_path))
     out, photo = tmp_path/'out', load_preset('photo')
-    for recipe, words in [(override(photo, **{'model.name': 'ViT-B-32'}), 'ViT-B-32.*agft-tiny, agft-photo'),
+    for recipe, words in [(override(photo, **{'model.name': 'ViT-B-32'}), 'ViT-B-32.*agft-tiny.*agft-photo'),
                           (build(Recipe, {}), 'agft-tiny has no .*pretrain'),
                           (photo, 'clip_text_vitb32.*AGFT_DATA')]:
         with pytest.raises(AgftError, match=words):
@@ -64,10 +65,12 @@ def test_pretrain_refuses_what_it_cannot_do(tmp_path, monkeypatch):
     assert not out.exists()
 
 
+SHORT = {f'pretrain.{part}.{key}': 2 if key == 'steps' else 16
+         for part in ('text', 'image') for key in ('steps', 'batch_size')}
+
+
 def test_pretrain_records_its_settings_and_continues(tmp_path, capsys):
-    short = {f'pretrain.{part}.{key}': 2 if key == 'steps' else 16
-             for part in ('text', 'image') for key in ('steps', 'batch_size')}
-    recipe, out = override(load_preset('tiny'), **short), tmp_path/'out'
+    recipe, out = override(load_preset('tiny'), **SHORT), tmp_path/'out'
     model = pretrain(recipe, out, seed=3, device='cpu')
     run, about = read_json(out/'run.json'), read_json(out/'pretrain.json')
     assert build(PretrainConfig, run['config']) == recipe.pretrain
@@ -83,6 +86,34 @@ def test_pretrain_records_its_settings_and_continues(tmp_path, capsys):
     with pytest.raises(AgftError, match='seed'):
         pretrain(recipe, out, seed=4, device='cpu')
     assert str(out/'agft-tiny.safetensors') in capsys.readouterr().out
+
+
+def tokenizer_of(source):
+    tokenizer = load_model(source).tokenizer
+    assert tokenizer is not None
+    return tokenizer
+
+
+def test_the_small_vision_transformer_is_trained_and_tuned_by_attention_maps(tmp_path):
+    recipe = override(load_preset('tiny_vit'), **SHORT)
+    pretrain(recipe, tmp_path/'vit', device='cpu')
+    source = str(tmp_path/'vit'/'agft-tiny-vit.safetensors')
+    assert torch.equal(tokenizer_of(source)(TEXTS), tokenizer_of('agft-tiny')(TEXTS))
+    few = {'model.name': source, 'train.images': 8, 'train.steps': 1, 'train.batch_size': 4}
+    student = finetune(override(recipe.finetune('TGA-ZSR'), **few), tmp_path/'run', 'cpu')
+    assert student.name == 'agft-tiny-vit' and fingerprint(student) != fingerprint(load_model(source))
+
+
+def test_images_are_the_same_whoever_draws_them():
+    drawings = _Drawings(tokenizer_of('agft-tiny'), 16, 0)
+    read = Reader(drawings, 2, torch.device('cpu'))
+    for step in (0, 1, 5):
+        ours, theirs = drawings[step], read(step)
+        assert torch.equal(ours.images, theirs.images) and torch.equal(ours.tokens, theirs.tokens)
+        for (one, first), (other, place) in zip(ours.groups, theirs.groups, strict=True):
+            assert torch.equal(one.images, other.images) and torch.equal(one.group, other.group)
+            assert first == place
+    assert not torch.equal(drawings[0].images, drawings[1].images)
 
 
 def random_model(name):

@@ -68,8 +68,8 @@ def test_images_can_be_read_in_any_kind_of_process(folder, how):
 
 def test_parts_come_in_any_order(folder):
     task = load_task(str(folder), split='train')
-    parts = train._Parts(task, TrainConfig(batch_size=4, accumulate=2, workers=1), 0, None, None)
-    read = train._Reader(parts, torch.device('cpu'))
+    parts = train._Parts(task, TrainConfig(batch_size=4, accumulate=2), 0, None, None)
+    read = train.Reader(parts, 1, torch.device('cpu'))
     for number in (0, 1, 2, 7, 8, 3):
         expected, found = parts[number], read(number)
         assert not isinstance(expected, AgftError)
