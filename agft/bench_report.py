@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ablation_table', 'calibration_table', 'cost_table', 'rates_table', 'bench_page']
+__all__ = ['ablation_table', 'calibration_table', 'cost_table', 'differences_table', 'rates_table', 'bench_page']
 
 # %% ../nbs/22_bench_report.ipynb #eb7be2bd
 def ablation_table(
@@ -51,6 +51,18 @@ def cost_table(
     "Time and memory of a training step, as multiples of TeCoA's."
     names = dict(ratio='times TeCoA', low='lowest', high='highest', peak_mib='peak MiB')
     return results.tables['cost'].set_index('method').rename(columns=names)
+
+def differences_table(
+    results:Results,   # of a benchmark
+    method:str='AGFT', # the one that was compared with each other
+)->pd.DataFrame:       # texts: points, their 95 % interval over images, two-sided p-value
+    "One method minus each other method, in the zero-shot mean."
+    pairs, texts = results.tables['paired'].query('method == @method'), []
+    for row in pairs.itertuples():
+        points, low, high = 100*row.difference, 100*row.low, 100*row.high
+        texts.append(f'{points:+.1f} ({low:+.1f} to {high:+.1f}), p = {row.p:.3f}')
+    wide = pairs.assign(text=texts).pivot(index='other', columns='kind', values='text')
+    return wide.reindex(pairs.other.unique()).rename_axis(f'{method} minus')
 
 def rates_table(
     results:Results,   # of a benchmark
