@@ -245,7 +245,7 @@ class _Drawings:
             texts += caption(attributes.select(found.example), g, fields)
         return _Drawn(images, _trim(self.tokenizer(texts)), groups)
 
-_DRAWING = 10           # processes that draw for a GPU, which is faster than one that draws
+_DRAWING = 10           # processes that draw batches for a GPU; it would wait for a single one
 
 def world_image_loss(
     model:ZeroShotCLIP,     # its image encoder and logit scale learn; the text encoder is frozen
